@@ -1,0 +1,109 @@
+"""What the rest of the service sees of the engine: messages and one protocol.
+
+The in-process engine (`engine.py`) implements it; so could a client of an engine in another
+process. Nothing here knows how a request is scheduled.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from model.step import RunnerLimits, SamplingParams, TokenConstraint, TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One prompt and the choices wanted from it; each choice becomes a sequence."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: tuple[SamplingParams, ...]  # one a choice
+    constraints: tuple[TokenConstraint | None, ...] = ()  # empty, or one a choice
+    priority: int = 0  # lower runs earlier, as in vLLM
+    cache_salt: str = ""
+    read_prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutput:
+    """What happened to one choice since the last output; the last one has a finish_reason.
+
+    `logprobs` is parallel to `token_ids` when the choice asked for them, else empty.
+    `prompt_logprobs` continues where the previous output's left off. `num_cached_tokens` is
+    the number of prompt tokens whose K/V came from the prefix cache.
+    """
+
+    index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # with "stop": the id that ended it (last of token_ids)
+    error: str | None = None  # with "error": a message fit for the client
+
+
+class RequestStream(Protocol):
+    """The outputs of one request. Used on the event loop only.
+
+    Iterating yields, at each wake-up, all outputs since the last one (several steps may have
+    merged), and ends after every choice has had its terminal output: exactly one a choice.
+    Leaving early without `abort` leaks nothing but time; callers abort in a `finally`.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Sequence[SequenceOutput]]: ...
+
+    def finish(self, index: int) -> None:
+        """End one choice now, because its text reached a stop string; idempotent.
+
+        Its terminal output comes with finish_reason "stop"; tokens in it are past the cut.
+        """
+        ...
+
+    def abort(self) -> None:
+        """End all choices that have not ended; their blocks are free within two steps."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the engine; counters only grow."""
+
+    num_requests_running: int = 0  # sequences with blocks
+    num_requests_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0  # cached blocks nobody uses count as free
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0  # tokens looked up
+    prefix_cache_hits: int = 0  # tokens found
+    num_steps: int = 0
+    num_scheduled_tokens: int = 0
+    num_failed_steps: int = 0
+
+
+class EngineClient(Protocol):
+    """Submit requests, watch over the engine. Used on the event loop only."""
+
+    @property
+    def limits(self) -> RunnerLimits: ...
+
+    def submit(self, request: EngineRequest) -> RequestStream:
+        """Queue a request. Raises ContextLengthExceeded, Overloaded, Draining or EngineDead."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the step loop last showed that it is alive; about 0 when idle."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the worker has died; it does not come back."""
+        ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests, wait for the running ones, then end the rest with an error."""
+        ...
