@@ -48,3 +48,40 @@ class ModelConfig:
     dtype: str = "float32"  # of the checkpoint: float32, float16 or bfloat16
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """Sampling defaults that a model's generation_config.json asks for; None: OpenAI's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+LoadFormat = Literal["auto", "safetensors", "gguf", "meta", "dummy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What to load, where, and how much memory it may take; named after vLLM's flags."""
+
+    model: str  # a folder, a .gguf file or a hub id
+    tokenizer: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    hf_token: str | None = None
+    offline: bool = False
+    load_format: LoadFormat = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    generation_config: Literal["auto", "vllm"] = "auto"
+    seed: int = 0  # of dummy weights
