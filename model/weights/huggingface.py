@@ -44,7 +44,7 @@ def config_from_hf(values: Mapping[str, object], where: str) -> ModelConfig:
         attention_bias=fields.flag("attention_bias", False),
         mlp_bias=fields.flag("mlp_bias", False),
         dtype=declared_dtype(values, where) or "float32",
-        bos_token_id=_bos_token_id(fields, vocab_size),
+        bos_token_id=first_within_vocabulary(fields.token_ids("bos_token_id"), vocab_size),
         eos_token_ids=within_vocabulary(fields.token_ids("eos_token_id"), vocab_size),
     )
     config.validate(where, HF_NAMES)
@@ -66,6 +66,11 @@ def declared_dtype(values: Mapping[str, object], where: str) -> str | None:
 def within_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
     """Drop ids that the model cannot produce: some configs name an end that was never embedded."""
     return tuple(dict.fromkeys(token_id for token_id in token_ids if token_id < vocab_size))
+
+
+def first_within_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> int | None:
+    """Return the first id that the model has an embedding for."""
+    return next(iter(within_vocabulary(token_ids, vocab_size)), None)
 
 
 def generation_from_hf(values: Mapping[str, object], where: str) -> GenerationDefaults:
@@ -128,11 +133,6 @@ def _head_dim(fields: Fields) -> int:
     if heads < 1 or hidden % heads:
         raise fields.fail("hidden_size", f"{hidden} does not divide by {heads} attention heads")
     return hidden // heads
-
-
-def _bos_token_id(fields: Fields, vocab_size: int) -> int | None:
-    ids = within_vocabulary(fields.token_ids("bos_token_id"), vocab_size)
-    return ids[0] if ids else None
 
 
 def _rope(fields: Fields) -> RopeConfig:

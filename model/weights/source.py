@@ -1,0 +1,90 @@
+"""Where a model's files are: a local path as given, or a snapshot of a Hub repository.
+
+Owns names and downloads, and turns what can go wrong with them into one line. Only files that can
+hold data are ever asked for: no pickles (but Meta's own), no Python.
+"""
+
+import re
+from pathlib import Path
+
+import httpx
+
+from model.config import LoadFormat, LoadOptions, shown
+from model.errors import ConfigError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
+
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "*.jinja"]
+_CONFIG_FILES = ["config.json", "generation_config.json", "special_tokens_map.json"]
+_META_FILES = ["params.json", "consolidated.*.pth", "tokenizer.model"]
+_PATTERNS: dict[LoadFormat, list[str]] = {
+    "auto": [*_CONFIG_FILES, *_TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"],
+    "safetensors": [*_CONFIG_FILES, *_TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json"],
+    "gguf": ["*.gguf"],
+    "meta": [*_META_FILES, *(f"original/{name}" for name in _META_FILES)],
+    "dummy": [*_CONFIG_FILES, *_TOKENIZER_FILES],
+}
+
+
+def resolve_model(options: LoadOptions) -> Path:
+    """Return the folder or .gguf file that holds the model, downloaded if need be.
+
+    Raises ConfigError when there is none, or it may not be had.
+    """
+    return _resolve(options.model, options, _PATTERNS[options.load_format])
+
+
+def resolve_tokenizer(options: LoadOptions, source: Path) -> Path:
+    """Return the folder or .gguf file that holds the tokenizer: the model's own, unless named."""
+    if options.tokenizer is None:
+        return source
+    return _resolve(options.tokenizer, options, [*_CONFIG_FILES, *_TOKENIZER_FILES])
+
+
+def _resolve(name: str, options: LoadOptions, patterns: list[str]) -> Path:
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".gguf"):
+        return _snapshot(name, options, patterns)
+    if (match := _HUB_GGUF.fullmatch(name)) and not name.startswith("."):
+        return _snapshot(match[1], options, [match[2]]) / match[2]
+    raise ConfigError(f"{name}: no such file or folder, and not the id of a Hub repository")
+
+
+def _snapshot(repo_id: str, options: LoadOptions, patterns: list[str]) -> Path:
+    # Costs a third of a second to import, and most models are local.
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repo_id,
+            revision=options.revision,
+            cache_dir=options.download_dir,
+            token=options.hf_token,
+            local_files_only=options.offline,
+            allow_patterns=patterns,
+            # "*" also matches "/": copies in other precisions lie in folders, Mistral's beside.
+            ignore_patterns=["consolidated*.safetensors", "*.bin", "*.py"]
+            + (["*/*"] if not any("/" in pattern for pattern in patterns) else []),
+        )
+    except errors.GatedRepoError as error:
+        raise ConfigError(
+            f"{repo_id}: is gated; accept its licence on the Hub and give a token that may read it"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{repo_id}: no such folder here, and no such repository on the Hub for this token"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(f"{repo_id}: has no revision {shown(options.revision)}") from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{repo_id}: no such folder, and not the id of a repository") from error
+    except errors.LocalEntryNotFoundError as error:
+        reason = "offline mode is on" if options.offline else "the Hub cannot be reached"
+        raise ConfigError(f"{repo_id}: no such folder, not in the cache, and {reason}") from error
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{repo_id}: cannot be downloaded: {first_line}") from error
+    return Path(folder)
