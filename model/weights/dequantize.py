@@ -13,7 +13,7 @@ import torch
 
 from model.weights.gguf import BLOCK_TYPES
 
-_SLICE_LEN = 2**19  # elements
+_SLICE_LEN = 2**18  # elements
 
 
 def dequantize(raw: npt.NDArray[np.uint8], kind: str, num_columns: int) -> torch.Tensor:

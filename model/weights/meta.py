@@ -256,7 +256,8 @@ def _refuse_other_archives(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
+    # A damaged directory also shows as names that are not UTF-8 or versions not implemented.
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise WeightsError(f"{file}: is truncated or not an archive of torch.save") from error
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise WeightsError(f"{file}: has compressed members, which torch.save does not write")

@@ -7,8 +7,6 @@ hold data are ever asked for: no pickles (but Meta's own), no Python.
 import re
 from pathlib import Path
 
-import httpx
-
 from model.config import LoadFormat, LoadOptions, shown
 from model.errors import ConfigError
 
@@ -44,13 +42,16 @@ def resolve_tokenizer(options: LoadOptions, source: Path) -> Path:
 
 def _resolve(name: str, options: LoadOptions, patterns: list[str]) -> Path:
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".gguf"):
         return _snapshot(name, options, patterns)
     if (match := _HUB_GGUF.fullmatch(name)) and not name.startswith("."):
-        return _snapshot(match[1], options, [match[2]]) / match[2]
-    raise ConfigError(f"{name}: no such file or folder, and not the id of a Hub repository")
+        path = _snapshot(match[1], options, [match[2]]) / match[2]
+        if path.exists():
+            return path
+        raise ConfigError(f"{name}: the repository {match[1]} has no such file")
+    raise ConfigError(f"{name or repr(name)}: no such file or folder, and no id of a repository")
 
 
 def _snapshot(repo_id: str, options: LoadOptions, patterns: list[str]) -> Path:
@@ -84,7 +85,8 @@ def _snapshot(repo_id: str, options: LoadOptions, patterns: list[str]) -> Path:
     except errors.LocalEntryNotFoundError as error:
         reason = "offline mode is on" if options.offline else "the Hub cannot be reached"
         raise ConfigError(f"{repo_id}: no such folder, not in the cache, and {reason}") from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    # The root of the errors of whichever HTTP library the client is built on, not declared by it.
+    except (errors.HTTPError, errors.XetDownloadError, OSError) as error:  # type: ignore[attr-defined]
         first_line = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{repo_id}: cannot be downloaded: {first_line}") from error
     return Path(folder)
