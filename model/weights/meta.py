@@ -6,6 +6,7 @@ Reference: llama/model.py of meta-llama/llama, convert_llama_weights_to_hf.py of
 """
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,19 @@ _PARAM_NAMES = {
     "rope.theta": "rope_theta",
     "rope.factor": "rope_scaling_factor",
 }
+# What the unpickler raises for a damaged stream depends on where the damage is.
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -237,8 +251,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"{file}: holds something other than tensors, which is never unpickled"
         ) from error
-    # What the unpickler raises for a damaged stream depends on where the damage is.
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError) as error:
+    except _DAMAGE as error:
         raise WeightsError(f"{file}: is damaged: {shown(str(error))}") from error
     if not isinstance(loaded, dict):
         raise WeightsError(f"{file}: holds no dictionary of tensors")
