@@ -89,7 +89,12 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step of the whole batch. `removed` takes effect first, then `added`, then `rows`."""
+    """One step of the whole batch. `removed` takes effect first, then `added`, then `rows`.
+
+    Removing a row that holds nothing is fine: after a failed step nobody can know. Rows of one
+    step may share blocks that the step itself writes: in every layer, all K/V of the step is
+    written before any of it is read.
+    """
 
     step_id: int
     removed: tuple[int, ...] = ()
@@ -183,7 +188,11 @@ class TokenConstraint(Protocol):
 
 
 class Runner(Protocol):
-    """Owns the model on a device. Called by one thread only."""
+    """Owns the model on a device. Called by one thread only.
+
+    When `launch` or `collect` raises, every step in flight is abandoned: none of them will be
+    collected, and all rows will be removed before they are used again.
+    """
 
     @property
     def limits(self) -> RunnerLimits: ...

@@ -1,1 +1,1 @@
-"""Policy: which sequence runs, which blocks it holds. Pure Python; knows no tensors, text or HTTP."""
+"""Policy: which sequence runs, which blocks it holds. Knows no tensors, text or HTTP."""

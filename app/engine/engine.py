@@ -1,6 +1,23 @@
-"""The in-process engine: the event loop on one side, one worker thread on the other."""
+"""The in-process engine: the event loop on one side, one worker thread on the other.
 
+Two crossings a step at most: messages go in through one inbox, and each step's outputs come
+back by one `call_soon_threadsafe`, however many requests they belong to.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from app.engine.client import EngineRequest, EngineStats, SequenceOutput
+from app.engine.loop import Delivery, Finish, FinishAll, Inbox, Message, StepLoop, Stop, Submit
+from app.engine.scheduler import Scheduler
+from app.errors import ContextLengthExceeded, Draining, EngineDead, Overloaded
+from model.step import Runner, RunnerLimits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -9,3 +26,192 @@ class EngineOptions:
 
     enable_prefix_caching: bool = True
     max_num_queued_seqs: int = 1024  # waiting sequences beyond which Overloaded is raised
+
+
+class _Stream:
+    """The event loop's end of a request: outputs gather here until somebody asks for them."""
+
+    def __init__(self, request_id: str, num_choices: int, send: Callable[[Message], None]) -> None:
+        self._request_id = request_id
+        self._unfinished = set(range(num_choices))
+        self._send = send
+        self._outputs: list[SequenceOutput] = []
+        self._has_outputs = asyncio.Event()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._unfinished
+
+    def deliver(self, output: SequenceOutput) -> None:
+        if output.finish_reason is not None:
+            self._unfinished.discard(output.index)
+        self._outputs.append(output)
+        self._has_outputs.set()
+
+    def fail(self, error: str) -> None:
+        """End every choice that is left with an error."""
+        for index in sorted(self._unfinished):
+            self.deliver(SequenceOutput(index=index, finish_reason="error", error=error))
+
+    async def __aiter__(self) -> AsyncIterator[Sequence[SequenceOutput]]:
+        while self._outputs or self._unfinished:
+            await self._has_outputs.wait()
+            self._has_outputs.clear()
+            outputs, self._outputs = self._outputs, []
+            yield outputs
+
+    def finish(self, index: int) -> None:
+        if index in self._unfinished:
+            self._send(Finish(self._request_id, index, "stop"))
+
+    def abort(self) -> None:
+        if self._unfinished:
+            self._send(Finish(self._request_id, None, "abort"))
+
+
+class Engine:
+    """EngineClient over a runner in this process. All methods belong to the event loop."""
+
+    def __init__(self, runner: Runner, options: EngineOptions) -> None:
+        self._options = options
+        self._limits = runner.limits
+        self._scheduler = Scheduler(
+            runner.limits, enable_prefix_caching=options.enable_prefix_caching
+        )
+        self._inbox = Inbox()
+        self._step_loop = StepLoop(runner, self._scheduler, self._inbox, self._hand_over)
+        self._thread = threading.Thread(target=self._work, name="arriero-engine", daemon=True)
+        self._streams: dict[str, _Stream] = {}
+        self._all_done = asyncio.Event()
+        self._num_live_seqs = 0
+        self._is_draining = False
+        self._is_dead = False
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Start the worker thread; outputs will be delivered on the running event loop."""
+        self._event_loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def shutdown(self) -> None:
+        """End what is left with an error and stop the thread."""
+        self._is_draining = True
+        if self._thread.is_alive():
+            self._inbox.put(FinishAll("the server is shutting down"))
+            self._inbox.put(Stop())
+            await asyncio.to_thread(self._thread.join)
+        self._fail_streams("the server is shutting down")
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._is_dead
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    def heartbeat_age_s(self) -> float:
+        return self._step_loop.heartbeat_age_s()
+
+    def submit(self, request: EngineRequest) -> _Stream:
+        """Queue a request. Raises ContextLengthExceeded, Overloaded, Draining or EngineDead."""
+        self._check(request)
+        assert request.request_id not in self._streams
+        stream = _Stream(request.request_id, len(request.sampling), self._inbox.put)
+        self._streams[request.request_id] = stream
+        self._num_live_seqs += len(request.sampling)
+        self._all_done.clear()
+        self._inbox.put(Submit(request))
+        return stream
+
+    def _check(self, request: EngineRequest) -> None:
+        if self._is_dead:
+            raise EngineDead("the engine has stopped; the server needs a restart")
+        if self._is_draining:
+            raise Draining("the server is shutting down")
+        limits = self._limits
+        max_tokens = max(sampling.max_tokens for sampling in request.sampling)
+        num_tokens = len(request.prompt_token_ids) + max_tokens
+        capacity = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        if num_tokens > capacity:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {capacity} tokens, but "
+                f"{len(request.prompt_token_ids)} in the prompt and {max_tokens} for the "
+                "completion were asked for."
+            )
+        if self._num_waiting + len(request.sampling) > self._options.max_num_queued_seqs:
+            raise Overloaded("too many requests are waiting; try again later")
+
+    @property
+    def _num_waiting(self) -> int:
+        """Sequences without a row, those still in the inbox included."""
+        return max(0, self._num_live_seqs - len(self._scheduler.running))
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        counters = scheduler.counters
+        return EngineStats(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=self._num_waiting,
+            num_blocks=scheduler.allocator.num_blocks,
+            num_free_blocks=scheduler.allocator.num_free,
+            num_preemptions=counters.num_preemptions,
+            prefix_cache_queries=counters.prefix_cache_queries,
+            prefix_cache_hits=counters.prefix_cache_hits,
+            num_steps=counters.num_steps,
+            num_scheduled_tokens=counters.num_scheduled_tokens,
+            num_failed_steps=counters.num_failed_steps,
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests, wait for the running ones, then end the rest with an error."""
+        self._is_draining = True
+        if not self._streams:
+            return
+        try:
+            await asyncio.wait_for(self._all_done.wait(), timeout_s)
+        except TimeoutError:
+            logger.warning("%d requests did not finish in time", len(self._streams))
+            self._inbox.put(FinishAll("the server is shutting down"))
+
+    # From the worker thread to the event loop
+
+    def _work(self) -> None:
+        """Run the step loop; should it die, every stream learns of it."""
+        try:
+            self._step_loop.run()
+        except Exception:
+            logger.exception("the engine has died")
+            self._is_dead = True
+            self._call_soon(partial(self._fail_streams, "the engine has stopped"))
+
+    def _hand_over(self, deliveries: list[Delivery]) -> None:
+        self._call_soon(partial(self._dispatch, deliveries))
+
+    def _call_soon(self, callback: Callable[[], None]) -> None:
+        assert self._event_loop is not None
+        if not self._event_loop.is_closed():
+            self._event_loop.call_soon_threadsafe(callback)
+
+    def _dispatch(self, deliveries: list[Delivery]) -> None:
+        for request_id, output in deliveries:
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            stream.deliver(output)
+            self._num_live_seqs -= output.finish_reason is not None
+            if stream.is_done:
+                del self._streams[request_id]
+        if not self._streams:
+            self._all_done.set()
+
+    def _fail_streams(self, error: str) -> None:
+        for stream in self._streams.values():
+            stream.fail(error)
+        self._streams.clear()
+        self._num_live_seqs = 0
+        self._all_done.set()

@@ -1,0 +1,223 @@
+"""The worker thread: messages in, steps launched and collected, outputs out.
+
+With a runner that works ahead, step N + 1 is launched before step N is collected, so the device
+never waits for what the host does with a result. Knows nothing of asyncio: `deliver` carries
+outputs away.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from app.engine.client import EngineRequest, FinishReason, SequenceOutput
+from app.engine.request import Request
+from app.engine.scheduler import ScheduledStep, Scheduler, Update
+from model.step import MaskBuffer, Runner, StepHandle
+
+logger = logging.getLogger(__name__)
+
+Delivery = tuple[str, SequenceOutput]  # request id, output
+MAX_FAILED_STEPS_IN_A_ROW = 3
+MAX_EMPTY_ROUNDS = 8  # a preemption can leave one round without a plan
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A new request."""
+
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """End choices of a request: one of them, or with index None all that are left.
+
+    `error` is the message of reason "error".
+    """
+
+    request_id: str
+    index: int | None
+    reason: FinishReason
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishAll:
+    """End every sequence with an error."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Leave the thread."""
+
+
+Message = Submit | Finish | FinishAll | Stop
+
+
+class Inbox:
+    """Messages from any thread to the worker, which sleeps while there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._messages: deque[Message] = deque()
+        self._has_messages = threading.Condition()
+
+    def put(self, message: Message) -> None:
+        with self._has_messages:
+            self._messages.append(message)
+            self._has_messages.notify()
+
+    def take_all(self, *, wait: bool) -> list[Message]:
+        """Return what is there, in order; with `wait`, sleep until that is at least one."""
+        with self._has_messages:
+            while wait and not self._messages:
+                self._has_messages.wait()
+            messages = list(self._messages)
+            self._messages.clear()
+            return messages
+
+
+@dataclass(frozen=True, slots=True)
+class _Inflight:
+    step: ScheduledStep
+    handle: StepHandle
+
+
+class StepLoop:
+    """Runs steps until it is told to stop. Everything it owns belongs to its thread."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        inbox: Inbox,
+        deliver: Callable[[list[Delivery]], None],
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._inbox = inbox
+        self._deliver = deliver
+        self._requests: dict[str, Request] = {}
+        self._inflight: deque[_Inflight] = deque()
+        self._num_failed_in_a_row = 0
+        self._num_empty_rounds = 0
+        self._is_idle = True
+        self._last_beat = time.monotonic()
+
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the loop last came round; 0 while it sleeps for lack of work."""
+        return 0.0 if self._is_idle else time.monotonic() - self._last_beat
+
+    def run(self) -> None:
+        """Serve until `Stop`. Raises when steps fail again and again."""
+        while True:
+            has_work = bool(self._requests or self._inflight)
+            self._is_idle = not has_work
+            messages = self._inbox.take_all(wait=not has_work)
+            self._last_beat = time.monotonic()
+            self._is_idle = False
+            outputs: list[Delivery] = []
+            for message in messages:
+                if isinstance(message, Stop):
+                    return
+                outputs += self._handle(message)
+            outputs += self._step()
+            if outputs:
+                self._deliver(outputs)
+
+    # Messages
+
+    def _handle(self, message: Submit | Finish | FinishAll) -> list[Delivery]:
+        if isinstance(message, Submit):
+            request = self._scheduler.add(message.request)
+            self._requests[request.request_id] = request
+            return []
+        if isinstance(message, FinishAll):
+            ends = [
+                Finish(request_id, None, "error", message.error) for request_id in self._requests
+            ]
+            return [delivery for end in ends for delivery in self._finish(end)]
+        return self._finish(message)
+
+    def _finish(self, message: Finish) -> list[Delivery]:
+        """End sequences from outside; those that have ended meanwhile are left alone."""
+        request = self._requests.get(message.request_id)
+        if request is None:
+            return []
+        updates = []
+        for sequence in request.sequences:
+            is_meant = message.index is None or sequence.index == message.index
+            if is_meant and sequence.finish_reason is None:
+                self._scheduler.finish(sequence, message.reason)
+                output = SequenceOutput(
+                    index=sequence.index,
+                    num_cached_tokens=sequence.num_cached_tokens,
+                    finish_reason=message.reason,
+                    error=message.error,
+                )
+                updates.append(Update(sequence, output))
+        return self._address(updates)
+
+    def _address(self, updates: list[Update]) -> list[Delivery]:
+        """Say whose each output is, and forget the requests that are done."""
+        deliveries = []
+        for update in updates:
+            request = update.sequence.request
+            deliveries.append((request.request_id, update.output))
+            if all(sequence.finish_reason for sequence in request.sequences):
+                self._requests.pop(request.request_id, None)
+        return deliveries
+
+    # Steps
+
+    def _step(self) -> list[Delivery]:
+        """Launch what can be launched, collect the oldest step in flight."""
+        try:
+            while len(self._inflight) < self._runner.limits.max_inflight:
+                step = self._scheduler.schedule()
+                if step is None:
+                    break
+                self._launch(step)
+            if not self._inflight:
+                self._check_progress()
+                return []
+            oldest = self._inflight[0]
+            result = self._runner.collect(oldest.handle)
+            deliveries = self._address(self._scheduler.update(oldest.step, result))
+            self._inflight.popleft()
+            self._num_failed_in_a_row = 0
+            self._num_empty_rounds = 0
+            return deliveries
+        except Exception:
+            logger.exception("a step failed")
+            self._num_failed_in_a_row += 1
+            broken = [inflight.step for inflight in self._inflight]
+            self._inflight.clear()
+            updates = self._scheduler.fail(broken, "the step that carried this request failed")
+            if self._num_failed_in_a_row >= MAX_FAILED_STEPS_IN_A_ROW:
+                self._deliver(self._address(updates))
+                raise
+            return self._address(updates)
+
+    def _check_progress(self) -> None:
+        """Raise if requests are left but nothing can be planned, rather than spin for ever."""
+        self._num_empty_rounds = self._num_empty_rounds + 1 if self._requests else 0
+        if self._num_empty_rounds > MAX_EMPTY_ROUNDS:
+            raise RuntimeError(f"{len(self._requests)} requests can never be scheduled")
+
+    def _launch(self, step: ScheduledStep) -> None:
+        """Hand a step to the runner; a step that breaks here counts as in flight."""
+
+        def fill_masks(buffers: Sequence[MaskBuffer]) -> None:
+            for sequence, buffer in zip(step.constrained, buffers, strict=True):
+                assert sequence.constraint is not None
+                sequence.constraint.fill(buffer)
+
+        inflight = _Inflight(step, StepHandle(plan=step.plan))
+        self._inflight.append(inflight)
+        handle = self._runner.launch(step.plan, fill_masks)
+        self._inflight[-1] = _Inflight(step, handle)

@@ -1,0 +1,443 @@
+"""Which tokens of which sequences the next step computes, and what its result means.
+
+There is no prefill phase and no decode phase. Every sequence has tokens (`num_tokens`: known
+or in flight) and K/V for the first `num_computed_tokens` of them; each step hands out a budget
+of tokens so that the sequences catch up. A prompt cut into chunks, a prefix found in the cache,
+a preempted sequence that starts over and a sequence that is one token behind because it just
+sampled one are all the same case.
+
+Nothing here waits for a sampled value: `schedule` may be called again before `update` has seen
+the last result. Knows no threads, tensors or text.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from app.engine.blocks import Block, BlockAllocator, BlockHasher
+from app.engine.client import EngineRequest, FinishReason, SequenceOutput
+from app.engine.queue import WaitingQueue
+from app.engine.request import Request, Sequence, make_request
+from model.step import NewRow, PlanRow, RowResult, RunnerLimits, StepPlan, StepResult
+
+
+@dataclass(slots=True, kw_only=True)
+class ScheduledStep:
+    """A plan with what is needed to make sense of its result.
+
+    `epochs` is parallel to `sequences` and to the plan's rows: a result counts only if the
+    sequence has not left its row since. `constrained` fill the mask slots, in order.
+    """
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    epochs: list[int]
+    constrained: list[Sequence]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An output, and the sequence that it belongs to."""
+
+    sequence: Sequence
+    output: SequenceOutput
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """What has happened so far; numbers only grow."""
+
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_steps: int = 0
+    num_scheduled_tokens: int = 0
+    num_failed_steps: int = 0
+
+
+@dataclass(slots=True)
+class _StepDraft:
+    """A plan in the making. `budget` is what is left for sequences more than a token behind."""
+
+    budget: int
+    rows: list[PlanRow] = field(default_factory=list)
+    added: list[NewRow] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    constrained: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the queue, the running sequences and the blocks. Used by the worker thread alone."""
+
+    def __init__(self, limits: RunnerLimits, *, enable_prefix_caching: bool = True) -> None:
+        assert limits.max_num_batched_tokens >= limits.max_num_seqs
+        self.limits = limits
+        self.allocator = BlockAllocator(limits.num_blocks, limits.block_size)
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # by `Sequence.order`: the last is preempted first
+        self.counters = SchedulerCounters()
+        self._enable_prefix_caching = enable_prefix_caching
+        self._hasher = BlockHasher()
+        self._free_rows = list(reversed(range(limits.max_num_seqs)))
+        self._removed_rows: list[int] = []
+        self._num_requests = 0
+
+    # Requests come and go
+
+    def add(self, message: EngineRequest) -> Request:
+        """Queue a request whose tokens, all its output included, fit the pool."""
+        root_key = self._hasher.root(None, message.cache_salt)
+        request = make_request(message, self._num_requests, root_key)
+        self._num_requests += 1
+        for sequence in request.sequences:
+            self.waiting.push(sequence)
+        return request
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence wherever it is; its blocks are free at once."""
+        assert sequence.finish_reason is None
+        if sequence.row is None:
+            self.waiting.remove(sequence)
+        else:
+            self._leave_row(sequence)
+        sequence.finish_reason = reason
+
+    # Planning
+
+    def schedule(self) -> ScheduledStep | None:
+        """Plan the next step; None when no sequence can be advanced."""
+        num_decoding = sum(sequence.num_behind == 1 for sequence in self.running)
+        draft = _StepDraft(self.limits.max_num_batched_tokens - num_decoding)
+        has_preempted = self._schedule_running(draft)
+        if not has_preempted:
+            self._schedule_waiting(draft)
+        if not draft.rows:
+            return None
+        plan = StepPlan(
+            step_id=self.counters.num_steps,
+            removed=tuple(self._removed_rows),
+            added=tuple(draft.added),
+            rows=tuple(draft.rows),
+            num_mask_slots=len(draft.constrained),
+        )
+        self._removed_rows.clear()
+        self.counters.num_steps += 1
+        self.counters.num_scheduled_tokens += plan.num_tokens
+        return ScheduledStep(
+            plan=plan,
+            sequences=draft.sequences,
+            epochs=[sequence.epoch for sequence in draft.sequences],
+            constrained=draft.constrained,
+        )
+
+    def _schedule_running(self, draft: _StepDraft) -> bool:
+        """Advance who already has a row, in order; True if somebody had to give way.
+
+        A sequence one token behind has its token set aside before anyone's longer share is
+        cut: a long prompt never holds up the sequences that stream.
+        """
+        num_preemptions = self.counters.num_preemptions
+        for sequence in list(self.running):
+            is_decoding = sequence.num_behind == 1
+            if sequence.row is None or not sequence.num_behind:
+                continue
+            self._extend_from_cache(sequence)
+            num_tokens = 1 if is_decoding else self._share(sequence, draft.budget)
+            if num_tokens and self._make_room(sequence, num_tokens):
+                if not is_decoding:
+                    draft.budget -= num_tokens
+                self._plan(draft, sequence, num_tokens)
+        return self.counters.num_preemptions > num_preemptions
+
+    def _schedule_waiting(self, draft: _StepDraft) -> None:
+        """Admit who waits, in order, as long as rows, budget and blocks for all its tokens last."""
+        promised = sum(self._num_blocks_missing(sequence) for sequence in self.running)
+        while self.waiting and self._free_rows and draft.budget:
+            sequence = self.waiting.peek()
+            hits = self._find_prefix(sequence)
+            num_free = self.allocator.num_free - sum(block.ref_count == 0 for block in hits)
+            if num_free - promised < self._num_blocks_missing(sequence) - len(hits):
+                break
+            self.waiting.remove(sequence)
+            self._enter_row(draft, sequence, hits)
+            num_tokens = self._share(sequence, draft.budget)
+            self._grow(sequence, num_tokens)
+            draft.budget -= num_tokens
+            self._plan(draft, sequence, num_tokens)
+            promised += self._num_blocks_missing(sequence)
+
+    def _share(self, sequence: Sequence, budget: int) -> int:
+        """Tokens a sequence may compute; a chunk that is not its last ends with a full block."""
+        if sequence.num_behind <= budget:
+            return sequence.num_behind
+        end = sequence.num_computed_tokens + budget
+        aligned = end - end % self.limits.block_size - sequence.num_computed_tokens
+        return aligned if aligned > 0 else budget
+
+    def _plan(self, draft: _StepDraft, sequence: Sequence, num_tokens: int) -> None:
+        """Write a sequence's row of the plan and count its tokens as computed."""
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        sample = end == sequence.num_tokens and sequence.sampling.max_tokens > 0
+        logits_from = end - 1 if sample else end
+        if sequence.sampling.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
+            logits_from = min(logits_from, max(start, sequence.num_prompt_logprobs))
+        mask_slot = None
+        if sample and sequence.constraint is not None:
+            mask_slot = len(draft.constrained)
+            draft.constrained.append(sequence)
+        new_blocks = sequence.blocks[sequence.num_sent_blocks :]
+        sequence.num_sent_blocks = len(sequence.blocks)
+        assert sequence.row is not None
+        draft.sequences.append(sequence)
+        draft.rows.append(
+            PlanRow(
+                row=sequence.row,
+                start=start,
+                num_tokens=num_tokens,
+                new_block_ids=tuple(block.block_id for block in new_blocks),
+                logits_from=logits_from,
+                sample=sample,
+                mask_slot=mask_slot,
+            )
+        )
+        sequence.num_computed_tokens = end
+        sequence.num_inflight_tokens += sample
+        self._register_full_blocks(sequence)
+
+    # Rows and blocks
+
+    def _enter_row(self, draft: _StepDraft, sequence: Sequence, hits: list[Block]) -> None:
+        sequence.row = self._free_rows.pop()
+        insort(self.running, sequence, key=lambda running: running.order)
+        draft.added.append(
+            NewRow(
+                row=sequence.row,
+                token_ids=tuple(sequence.token_ids),
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                sampling=sequence.sampling,
+            )
+        )
+        if sequence.request.read_prefix_cache and self._enable_prefix_caching:
+            self.counters.prefix_cache_queries += len(sequence.token_ids)
+        self._take_hits(sequence, hits)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        """Give back row and blocks; results of steps in flight will not count."""
+        assert sequence.row is not None
+        place = bisect_left(self.running, sequence.order, key=lambda running: running.order)
+        assert self.running[place] is sequence
+        del self.running[place]
+        self._free_rows.append(sequence.row)
+        self._removed_rows.append(sequence.row)
+        self.allocator.release(sequence.blocks)
+        sequence.row = None
+        sequence.epoch += 1
+        sequence.blocks = []
+        sequence.num_sent_blocks = 0
+        sequence.num_registered_blocks = 0
+        sequence.num_computed_tokens = 0
+        sequence.num_inflight_tokens = 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it will compute its tokens again, less what is still cached.
+
+        A token in flight is dropped and sampled again: randomness depends on its position
+        alone, so it comes out the same.
+        """
+        self._leave_row(sequence)
+        sequence.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        self.waiting.push(sequence)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Get blocks for more tokens, from the last in order if need be; False if that is itself.
+
+        Whoever comes later in order has not been planned yet, so nothing planned is undone.
+        """
+        end = sequence.num_computed_tokens + num_tokens
+        while self.allocator.num_free < self._num_blocks(end) - len(sequence.blocks):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._grow(sequence, num_tokens)
+        return True
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        end = sequence.num_computed_tokens + num_tokens
+        missing = self._num_blocks(end) - len(sequence.blocks)
+        sequence.blocks.extend(self.allocator.allocate(missing))
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _num_blocks_missing(self, sequence: Sequence) -> int:
+        """Blocks that a sequence lacks for all its tokens and the next one."""
+        return max(0, self._num_blocks(sequence.num_tokens + 1) - len(sequence.blocks))
+
+    # The prefix cache
+
+    def _find_prefix(self, sequence: Sequence) -> list[Block]:
+        """Cached blocks that continue what is computed, as far as they go.
+
+        The last token is never taken from the cache: its logits are wanted.
+        """
+        can_read = self._enable_prefix_caching and sequence.request.read_prefix_cache
+        size = self.limits.block_size
+        first, remainder = divmod(sequence.num_computed_tokens, size)
+        hits: list[Block] = []
+        if not can_read or remainder or len(sequence.blocks) > first:
+            return hits
+        for index in range(first, (len(sequence.token_ids) - 1) // size):
+            self._extend_keys(sequence, index + 1)
+            parent = sequence.block_keys[index - 1] if index else sequence.request.root_key
+            token_ids = tuple(sequence.token_ids[index * size : (index + 1) * size])
+            block = self.allocator.lookup(sequence.block_keys[index], parent, token_ids)
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def _take_hits(self, sequence: Sequence, hits: list[Block]) -> None:
+        for block in hits:
+            self.allocator.share(block)
+        sequence.blocks.extend(hits)
+        num_tokens = len(hits) * self.limits.block_size
+        sequence.num_computed_tokens += num_tokens
+        sequence.num_registered_blocks += len(hits)
+        self.counters.prefix_cache_hits += num_tokens
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens += num_tokens
+
+    def _extend_from_cache(self, sequence: Sequence) -> None:
+        """Skip what another sequence has computed meanwhile.
+
+        Several prompts with one beginning, sent at once, so compute it once between them.
+        """
+        if sequence.num_behind > self.limits.block_size:
+            self._take_hits(sequence, self._find_prefix(sequence))
+
+    def _extend_keys(self, sequence: Sequence, count: int) -> None:
+        size = self.limits.block_size
+        for index in range(len(sequence.block_keys), count):
+            parent = sequence.block_keys[-1] if index else sequence.request.root_key
+            token_ids = sequence.token_ids[index * size : (index + 1) * size]
+            sequence.block_keys.append(self._hasher.key(parent, token_ids))
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        """Make findable every block that is full of computed tokens whose ids are known.
+
+        This happens as soon as the step that computes them is planned: steps run in order, and
+        within a step K/V is written before it is read.
+        """
+        if not self._enable_prefix_caching:
+            return
+        size = self.limits.block_size
+        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // size
+        self._extend_keys(sequence, num_full)
+        for index in range(sequence.num_registered_blocks, num_full):
+            key = sequence.block_keys[index]
+            parent = sequence.block_keys[index - 1] if index else sequence.request.root_key
+            token_ids = tuple(sequence.token_ids[index * size : (index + 1) * size])
+            self.allocator.register(sequence.blocks[index], key, parent, token_ids)
+        sequence.num_registered_blocks = max(sequence.num_registered_blocks, num_full)
+
+    # Results
+
+    def update(self, step: ScheduledStep, result: StepResult) -> list[Update]:
+        """Take in a step's result; drop what belongs to sequences that have left since."""
+        updates = []
+        planned = zip(step.sequences, step.epochs, step.plan.rows, result.rows, strict=True)
+        for sequence, epoch, plan_row, row in planned:
+            if sequence.epoch != epoch:
+                continue
+            if row.error is not None:
+                updates.append(self._fail_row(sequence, row.error))
+            elif output := self._take_result(sequence, plan_row, row):
+                updates.append(Update(sequence, output))
+        return updates
+
+    def _take_result(
+        self, sequence: Sequence, plan_row: PlanRow, row: RowResult
+    ) -> SequenceOutput | None:
+        """Append the sampled tokens and end the sequence if it has enough of them."""
+        sampling = sequence.sampling
+        reason: FinishReason | None = None
+        stop_token_id = None
+        accepted = 0
+        for token_id in row.token_ids:
+            accepted += 1
+            sequence.token_ids.append(token_id)
+            num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+            if token_id in sampling.stop_token_ids and num_output >= sampling.min_tokens:
+                reason, stop_token_id = "stop", token_id
+            elif num_output >= sampling.max_tokens:
+                reason = "length"
+            if reason:
+                break
+        if row.token_ids:
+            sequence.num_inflight_tokens -= 1
+        token_ids = row.token_ids[:accepted]
+        sequence.num_prompt_logprobs += len(row.prompt_logprobs)
+        if sequence.constraint is not None and token_ids:
+            sequence.constraint.accept(token_ids)
+        self._register_full_blocks(sequence)
+        end = plan_row.start + plan_row.num_tokens
+        if not sampling.max_tokens and end >= sequence.num_prompt_tokens:
+            reason = "length"
+        if reason:
+            self.finish(sequence, reason)
+        if not (token_ids or row.prompt_logprobs or reason):
+            return None
+        return SequenceOutput(
+            index=sequence.index,
+            token_ids=token_ids,
+            logprobs=row.logprobs[:accepted],
+            prompt_logprobs=row.prompt_logprobs,
+            num_cached_tokens=sequence.num_cached_tokens,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+        )
+
+    def _fail_row(self, sequence: Sequence, error: str) -> Update:
+        """End a sequence whose own row went wrong; what it computed is not to be shared."""
+        for block in sequence.blocks:
+            self.allocator.forget(block)
+        self.finish(sequence, "error")
+        return Update(
+            sequence, SequenceOutput(index=sequence.index, finish_reason="error", error=error)
+        )
+
+    def fail(self, steps: list[ScheduledStep], error: str) -> list[Update]:
+        """Clean up after steps that broke: their sequences end, the others start over.
+
+        Nobody knows what the device holds now, so all rows are left and the cache is emptied.
+        """
+        self.counters.num_failed_steps += len(steps)
+        self.allocator.forget_all()
+        updates = []
+        for step in steps:
+            for sequence, epoch in zip(step.sequences, step.epochs, strict=True):
+                if sequence.epoch == epoch:
+                    updates.append(self._fail_row(sequence, error))
+        for sequence in reversed(list(self.running)):
+            self._preempt(sequence)
+        return updates
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless rows, blocks and queues agree with each other."""
+        rows = [sequence.row for sequence in self.running]
+        assert sorted([*self._free_rows, *(row for row in rows if row is not None)]) == list(
+            range(self.limits.max_num_seqs)
+        )
+        orders = [sequence.order for sequence in self.running]
+        assert orders == sorted(set(orders))
+        for sequence in self.running:
+            assert sequence.finish_reason is None
+            assert self._num_blocks(sequence.num_computed_tokens) <= len(sequence.blocks)
+            assert sequence.num_computed_tokens <= sequence.num_tokens
+        for sequence in self.waiting:
+            assert sequence.row is None
+            assert not sequence.blocks
+            assert sequence.finish_reason is None
+        self.allocator.check_integrity(sequence.blocks for sequence in self.running)

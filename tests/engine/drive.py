@@ -1,0 +1,111 @@
+"""Drives a scheduler and a fake runner without threads: one call, one round of the step loop."""
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from functools import partial
+
+from app.engine.client import EngineRequest, FinishReason, SequenceOutput
+from app.engine.request import Request, Sequence
+from app.engine.scheduler import ScheduledStep, Scheduler, Update
+from model.step import MaskBuffer, RunnerLimits, SamplingParams, StepHandle
+from tests.fake_runner import FakeRunner
+
+VOCAB = 64
+
+
+def make_limits(**overrides: int) -> RunnerLimits:
+    values = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+        "block_size": 4,
+        "num_blocks": 32,
+        "vocab_size": VOCAB,
+        "max_inflight": 1,
+    }
+    return RunnerLimits(**{**values, **overrides})
+
+
+def fill(step: ScheduledStep, buffers: Seq[MaskBuffer]) -> None:
+    for sequence, buffer in zip(step.constrained, buffers, strict=True):
+        assert sequence.constraint is not None
+        sequence.constraint.fill(buffer)
+
+
+class Driver:
+    """Rounds of schedule, launch, collect and update, integrity checked after each."""
+
+    def __init__(self, limits: RunnerLimits, *, enable_prefix_caching: bool = True) -> None:
+        self.runner = FakeRunner(limits)
+        self.scheduler = Scheduler(limits, enable_prefix_caching=enable_prefix_caching)
+        self.outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
+        self.ended: set[Sequence] = set()  # by somebody else than the scheduler
+        self._inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()
+
+    def submit(
+        self, name: str, prompt: list[int], *sampling: SamplingParams, **fields: object
+    ) -> Request:
+        message = EngineRequest(
+            request_id=name,
+            prompt_token_ids=tuple(prompt),
+            sampling=sampling or (SamplingParams(temperature=0.0, max_tokens=4),),
+            **fields,
+        )
+        return self.scheduler.add(message)
+
+    def round(self) -> None:
+        limits = self.runner.limits
+        while len(self._inflight) < limits.max_inflight:
+            step = self.scheduler.schedule()
+            self.scheduler.check_integrity()
+            if step is None:
+                break
+            self._inflight.append((step, self.runner.launch(step.plan, partial(fill, step))))
+        if self._inflight:
+            step, handle = self._inflight.popleft()
+            self._keep(self.scheduler.update(step, self.runner.collect(handle)))
+        self.scheduler.check_integrity()
+
+    def end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Finish a sequence from outside, as an abort or a stop string does."""
+        self.ended.add(sequence)
+        self.scheduler.finish(sequence, reason)
+        output = SequenceOutput(index=sequence.index, finish_reason=reason)
+        self._keep([Update(sequence, output)])
+        self.scheduler.check_integrity()
+
+    def fail(self) -> None:
+        """Break all steps in flight, with one more if there is something to plan."""
+        steps = [step for step, _ in self._inflight]
+        if len(steps) < self.runner.limits.max_inflight and (step := self.scheduler.schedule()):
+            steps.append(step)
+        self._inflight.clear()
+        self.runner.abandon()
+        updates = self.scheduler.fail(steps, "broken")
+        self.ended.update(update.sequence for update in updates)
+        self._keep(updates)
+        self.scheduler.check_integrity()
+
+    def run(self, max_rounds: int = 2000) -> None:
+        """Go on until nothing is left to do."""
+        for _ in range(max_rounds):
+            if not (self.scheduler.running or self.scheduler.waiting or self._inflight):
+                return
+            self.round()
+        raise AssertionError("the scheduler makes no progress")
+
+    def tokens(self, name: str, index: int = 0) -> list[int]:
+        return [token_id for output in self.outputs[name, index] for token_id in output.token_ids]
+
+    def reasons(self, name: str, index: int = 0) -> list[str]:
+        outputs = self.outputs[name, index]
+        return [output.finish_reason for output in outputs if output.finish_reason]
+
+    def cached(self, name: str, index: int = 0) -> int:
+        return self.outputs[name, index][-1].num_cached_tokens
+
+    def _keep(self, updates: list[Update]) -> None:
+        for update in updates:
+            sequence = update.sequence
+            key = (sequence.request.request_id, sequence.index)
+            self.outputs.setdefault(key, []).append(update.output)
