@@ -1,0 +1,1 @@
+"""Attention over the paged K/V pool, one file a back end."""

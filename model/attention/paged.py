@@ -1,0 +1,162 @@
+"""Paged attention in plain torch: the reference, and the path where nothing faster is at hand.
+
+Softmax over all earlier keys is taken online (Milakov and Gimelshein, arXiv 1805.02867), over
+blocks of exactly `KEY_BLOCK` keys from position 0 on; queries are cut into tiles of exactly
+`QUERY_ROWS` rows, a row being one query head of one position. All tiles of the step, whatever
+sequence they belong to, go through a key block in one batched product: the loop runs over key
+blocks, not over sequences, and gathers K/V for one key block at a time.
+
+A row's sums are therefore taken over the same products in the same order whoever else is in the
+batch, wherever its chunk was cut, and whether it was a prompt's or a sampled token. A key block
+beyond a row's own position changes nothing: its weights are exactly zero.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.kv_pool import KVPool
+from model.network import StepInputs
+
+KEY_BLOCK = 256
+QUERY_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _KeyBlock:
+    """The tiles that reach one block of keys, and where its K/V lies.
+
+    Tiles are ordered by falling length, so they are the first `num_tiles`.
+    """
+
+    num_tiles: int
+    slots: Tensor  # [num_tiles * KEY_BLOCK]
+    is_hidden: Tensor  # [num_tiles, 1, QUERY_ROWS, KEY_BLOCK]: keys after the row's position
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """Where a step's queries and keys are; the same for every layer."""
+
+    write_slots: Tensor  # [T]: where each token's K/V goes
+    query_tokens: Tensor  # [tiles * positions a tile]: index into T; the padding's is 0
+    token_rows: Tensor  # [T]: where a token's result lies among tiles * positions
+    key_blocks: list[_KeyBlock]
+
+
+class PagedAttention:
+    """Grouped-query attention of a step's tokens over their sequences' K/V."""
+
+    def __init__(self, config: ModelConfig, pool: KVPool) -> None:
+        self._pool = pool
+        self._num_kv_heads = config.num_kv_heads
+        self._group = config.num_heads // config.num_kv_heads
+        self._head_dim = config.head_dim
+        self._tile_positions = max(1, QUERY_ROWS // self._group)
+        rows = self._tile_positions * self._group
+        self._num_rows = -(-rows // QUERY_ROWS) * QUERY_ROWS
+        self._scale = 1.0 / math.sqrt(config.head_dim)
+
+    def plan(self, inputs: StepInputs) -> AttentionPlan:
+        """Cut the step's queries into tiles and find the slots of their keys."""
+        device = inputs.positions.device
+        width = self._tile_positions
+        tiles = []  # (length, sequence, first token, tokens)
+        for sequence, seq_len in enumerate(inputs.seq_lens):
+            start, end = inputs.query_starts[sequence], inputs.query_starts[sequence + 1]
+            first_position = seq_len - (end - start)
+            for first in range(start, end, width):
+                count = min(width, end - first)
+                length = first_position + (first - start) + count
+                tiles.append((length, sequence, first, count))
+        tiles.sort(key=lambda tile: -tile[0])
+        lengths = [tile[0] for tile in tiles]
+        first_tokens = torch.tensor([tile[2] for tile in tiles])
+        counts = torch.tensor([tile[3] for tile in tiles])
+        offsets = torch.arange(width)
+        is_real = offsets < counts[:, None]  # [tiles, positions]
+        query_tokens = torch.where(is_real, first_tokens[:, None] + offsets, 0)
+        token_rows = torch.zeros(inputs.positions.shape[0], dtype=torch.int64)
+        token_rows[query_tokens[is_real]] = is_real.flatten().nonzero().squeeze(1)
+        query_tokens = query_tokens.to(device)
+        positions = inputs.positions[query_tokens]  # [tiles, positions]
+        sequences = torch.tensor([tile[1] for tile in tiles], device=device)
+        key_blocks = [
+            self._key_block(inputs, first_key, lengths, sequences, positions)
+            for first_key in range(0, lengths[0], KEY_BLOCK)
+        ]
+        write_slots = torch.where(inputs.slots < 0, self._pool.trash_slot, inputs.slots)
+        return AttentionPlan(write_slots, query_tokens.flatten(), token_rows.to(device), key_blocks)
+
+    def _key_block(
+        self,
+        inputs: StepInputs,
+        first_key: int,
+        lengths: list[int],
+        sequences: Tensor,
+        positions: Tensor,
+    ) -> _KeyBlock:
+        num_tiles = sum(length > first_key for length in lengths)
+        device = positions.device
+        size = self._pool.block_size
+        keys = torch.arange(first_key, first_key + KEY_BLOCK, device=device)
+        limits = torch.tensor(lengths[:num_tiles], device=device)
+        tables = inputs.block_tables[sequences[:num_tiles]]
+        blocks = tables[:, (keys // size).clamp(max=tables.shape[1] - 1)]
+        slots = torch.where(
+            keys < limits[:, None], blocks * size + keys % size, self._pool.zero_slot
+        )
+        rows = positions[:num_tiles].repeat_interleave(self._group, dim=1)
+        rows = torch.nn.functional.pad(rows, (0, self._num_rows - rows.shape[1]))
+        is_hidden = (keys > rows[:, :, None]).unsqueeze(1)
+        return _KeyBlock(num_tiles, slots.flatten(), is_hidden)
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
+    ) -> Tensor:
+        """Return the attention output [T, H, D] of queries [T, H, D].
+
+        The tokens' keys and values [T, K, D] are written first, all before any is read: rows of
+        one step may share blocks.
+        """
+        self._pool.write(layer, plan.write_slots, keys, values)
+        tiles = self._tile(queries, plan)  # [tiles, K, rows, D]
+        best = tiles.new_full((*tiles.shape[:3], 1), -torch.inf, dtype=torch.float32)
+        total = torch.zeros_like(best)
+        output = torch.zeros_like(tiles, dtype=torch.float32)
+        for block in plan.key_blocks:
+            n = block.num_tiles
+            keys, values = self._gather(layer, block)  # [tiles, K, KEY_BLOCK, D]
+            scores = torch.matmul(tiles[:n], keys.transpose(2, 3)).to(torch.float32)
+            scores = scores.masked_fill_(block.is_hidden, -torch.inf)
+            new_best = torch.maximum(best[:n], scores.amax(-1, keepdim=True))
+            weights = (scores - new_best).exp_()
+            keep = (best[:n] - new_best).exp_()
+            best[:n] = new_best
+            total[:n] = total[:n] * keep + weights.sum(-1, keepdim=True)
+            added = torch.matmul(weights.to(values.dtype), values).to(torch.float32)
+            output[:n] = output[:n] * keep + added
+        return self._untile(output / total, plan).to(queries.dtype)
+
+    def _tile(self, queries: Tensor, plan: AttentionPlan) -> Tensor:
+        """Arrange queries as [tiles, K, rows, D], rows padded with zeros."""
+        width, group, dim = self._tile_positions, self._group, self._head_dim
+        tiles = queries.index_select(0, plan.query_tokens) * self._scale
+        tiles = tiles.view(-1, width, self._num_kv_heads, group, dim).transpose(1, 2)
+        tiles = tiles.reshape(-1, self._num_kv_heads, width * group, dim)
+        return torch.nn.functional.pad(tiles, (0, 0, 0, self._num_rows - width * group))
+
+    def _untile(self, output: Tensor, plan: AttentionPlan) -> Tensor:
+        """Bring [tiles, K, rows, D] back to [T, H, D]."""
+        width, group, dim = self._tile_positions, self._group, self._head_dim
+        output = output[:, :, : width * group].reshape(-1, self._num_kv_heads, width, group, dim)
+        output = output.transpose(1, 2).reshape(-1, self._num_kv_heads * group, dim)
+        return output.index_select(0, plan.token_rows)
+
+    def _gather(self, layer: int, block: _KeyBlock) -> tuple[Tensor, Tensor]:
+        keys, values = self._pool.read(layer, block.slots)
+        shape = (self._num_kv_heads, block.num_tiles, KEY_BLOCK, self._head_dim)
+        return keys.view(shape).transpose(0, 1), values.view(shape).transpose(0, 1)

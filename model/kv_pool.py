@@ -1,0 +1,54 @@
+"""The K/V of every layer, cut into slots. Knows the layout; not who holds which block.
+
+::
+
+    keys[layer], values[layer]: [K, slots, D]     slot = block * P + offset in the block
+    slots: | block 0 | block 1 | ... | block B - 1 | zero | trash |
+
+K heads lie outermost, so that gathering some slots gives each head a contiguous matrix. Two
+slots behind the blocks belong to nobody: `zero_slot` stays zero and stands for positions that
+a sequence does not have, `trash_slot` takes what padding writes.
+"""
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+class KVPool:
+    """Keys and values of all layers on one device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.zero_slot = num_blocks * block_size
+        self.trash_slot = self.zero_slot + 1
+        shape = (config.num_kv_heads, self.trash_slot + 1, config.head_dim)
+        self.keys = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+        self.values = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [T, K, D] in slots [T]."""
+        self.keys[layer].index_copy_(1, slots, keys.transpose(0, 1))
+        self.values[layer].index_copy_(1, slots, values.transpose(0, 1))
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [K, len(slots), D] of some slots."""
+        return self.keys[layer].index_select(1, slots), self.values[layer].index_select(1, slots)
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

@@ -1,0 +1,242 @@
+"""Runs plans on a device: gather the rows, one forward pass, sample, append.
+
+On CUDA nothing here waits for the device before `collect`, so a second step can be launched
+while the first one runs; on a CPU a step is complete when `launch` returns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.network import Network
+from model.rows import Rows
+from model.sampling.sampler import (
+    ChosenLogprobs,
+    Sampled,
+    SampleRow,
+    chosen_logprobs,
+    sample,
+    to_token_logprobs,
+)
+from model.step import (
+    FillMasks,
+    PlanRow,
+    RowResult,
+    RunnerLimits,
+    SamplingParams,
+    StepHandle,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+
+PROMPT_LOGPROB_ROWS = 64  # rows of logits held at once while a prompt is scored
+
+
+@dataclass(slots=True, kw_only=True)
+class _Launched(StepHandle):
+    """A step whose outcome is still on its way to the host.
+
+    `sampling` is parallel to the plan's rows: by the time of `collect` a row may be another
+    sequence's. `sampled` holds the rows that sample in order, 1 + drafts each; `scored` what
+    there is of prompt logprobs, by index of the plan row.
+    """
+
+    sampling: list[SamplingParams] = field(default_factory=list)
+    sampled: Sampled | None = None
+    scored: dict[int, list[tuple[Tensor, ChosenLogprobs]]] = field(default_factory=dict)
+    is_done: torch.cuda.Event | None = None
+
+
+class ModelRunner:
+    """Runner over any Network, on one device."""
+
+    def __init__(self, network: Network, limits: RunnerLimits, device: torch.device) -> None:
+        self._network = network
+        self._limits = limits
+        self._device = device
+        self._rows = Rows(limits, device)
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, fill_masks: FillMasks) -> StepHandle:
+        """Start a step. Constraint masks are filled between forward pass and sampling."""
+        for row in plan.removed:
+            self._rows.remove(row)
+        for new_row in plan.added:
+            self._rows.add(new_row)
+        for plan_row in plan.rows:
+            self._rows.extend(plan_row)
+        inputs = self._rows.gather(plan.rows, self._network.row_tile)
+        hidden = self._network.forward(inputs)
+        sampling = [self._rows[plan_row.row].sampling for plan_row in plan.rows]
+        handle = _Launched(plan=plan, sampling=sampling)
+        for index, plan_row in enumerate(plan.rows):
+            if scored := self._score_prompt(plan_row, hidden, inputs.query_starts[index]):
+                handle.scored[index] = scored
+        masks = self._fill(plan, fill_masks)
+        self._sample(handle, hidden, inputs.query_starts, masks)
+        if self._device.type == "cuda":
+            handle.is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            handle.is_done.record()
+        return handle
+
+    @torch.inference_mode()
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Wait for a step and bring its tokens to the host."""
+        assert isinstance(handle, _Launched)
+        if handle.is_done is not None:
+            handle.is_done.synchronize()
+        token_ids: list[int] = []
+        is_broken: list[bool] = []
+        logprobs = None
+        if handle.sampled is not None:
+            token_ids = handle.sampled.token_ids.tolist()
+            is_broken = handle.sampled.is_broken.tolist()
+            if handle.sampled.logprobs is not None:
+                logprobs = handle.sampled.logprobs.cpu()
+        results = []
+        place = 0
+        for index, plan_row in enumerate(handle.plan.rows):
+            count = 1 + len(plan_row.draft_token_ids) if plan_row.sample else 0
+            chosen = slice(place, place + count)
+            place += count
+            error = "the model's logits are not finite" if any(is_broken[chosen]) else None
+            accepted = _accept(plan_row.draft_token_ids, token_ids[chosen])
+            results.append(
+                RowResult(
+                    row=plan_row.row,
+                    token_ids=() if error else accepted,
+                    logprobs=_logprobs(
+                        handle.sampling[index].logprobs, accepted, logprobs, chosen.start
+                    ),
+                    prompt_logprobs=_prompt_logprobs(handle.scored.get(index, [])),
+                    error=error,
+                )
+            )
+        return StepResult(step_id=handle.plan.step_id, rows=tuple(results))
+
+    def _fill(self, plan: StepPlan, fill_masks: FillMasks) -> Tensor | None:
+        """Have the constraints write their masks; return them [slots, words] on the device."""
+        if not plan.num_mask_slots:
+            return None
+        num_words = -(-self._limits.vocab_size // 32)
+        masks = torch.full((plan.num_mask_slots, num_words), -1, dtype=torch.int32)
+        fill_masks([memoryview(mask.numpy()) for mask in masks])
+        return masks.to(self._device, non_blocking=True)
+
+    def _sample(
+        self, handle: _Launched, hidden: Tensor, query_starts: list[int], masks: Tensor | None
+    ) -> None:
+        """Sample the rows that ask for it and append the tokens to their logs."""
+        rows: list[SampleRow] = []
+        tokens: list[int] = []
+        log_rows: list[int] = []
+        for index, plan_row in enumerate(handle.plan.rows):
+            if not plan_row.sample:
+                continue
+            state = self._rows[plan_row.row]
+            num_drafts = len(plan_row.draft_token_ids)
+            end = plan_row.start + plan_row.num_tokens
+            for offset in range(num_drafts + 1):
+                position = end - num_drafts + offset
+                mask = None
+                if masks is not None and plan_row.mask_slot is not None:
+                    mask = masks[plan_row.mask_slot + offset]
+                rows.append(
+                    SampleRow(
+                        sampling=state.sampling,
+                        position=position,
+                        num_prompt_tokens=state.num_prompt_tokens,
+                        token_log=self._rows.token_log[plan_row.row, :position],
+                        mask=mask,
+                    )
+                )
+                tokens.append(query_starts[index + 1] - 1 - num_drafts + offset)
+                log_rows.append(plan_row.row)
+        if not rows:
+            return
+        handle.sampled = sample(self._logits(hidden, tokens), rows)
+        positions = [row.position for row in rows]
+        self._append(handle.sampled.token_ids, log_rows, positions)
+
+    def _append(self, token_ids: Tensor, rows: list[int], positions: list[int]) -> None:
+        """Write sampled ids behind the position each was sampled from.
+
+        With drafts, several positions of a row are written: up to the first that differs from
+        its draft they are the drafts themselves, and what lies behind it is written again by a
+        later step before anything reads it.
+        """
+        where = (torch.tensor(rows).to(self._device), torch.tensor(positions).to(self._device))
+        self._rows.token_log[where] = token_ids.to(torch.int32)
+
+    def _logits(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return the logits [N, V] of some of the step's tokens."""
+        padded = list(tokens) + [0] * (-len(tokens) % self._network.row_tile)
+        chosen = hidden[torch.tensor(padded).to(self._device)]
+        return self._network.compute_logits(chosen)[: len(tokens)]
+
+    def _score_prompt(
+        self, plan_row: PlanRow, hidden: Tensor, first_token: int
+    ) -> list[tuple[Tensor, ChosenLogprobs]]:
+        """Score the prompt tokens that this chunk predicts, some rows of logits at a time."""
+        state = self._rows[plan_row.row]
+        if state.sampling.prompt_logprobs is None:
+            return []
+        end = min(plan_row.start + plan_row.num_tokens, state.num_prompt_tokens - 1)
+        scored = []
+        for start in range(plan_row.logits_from, end, PROMPT_LOGPROB_ROWS):
+            stop = min(start + PROMPT_LOGPROB_ROWS, end)
+            offset = first_token - plan_row.start
+            logits = self._logits(hidden, range(start + offset, stop + offset))
+            token_ids = self._rows.token_log[plan_row.row, start + 1 : stop + 1].to(torch.int64)
+            chosen = chosen_logprobs(logits, token_ids, state.sampling.prompt_logprobs)
+            scored.append((token_ids, chosen))
+        return scored
+
+
+def _logprobs(
+    num_top: int | None,
+    token_ids: tuple[int, ...],
+    logprobs: ChosenLogprobs | None,
+    first: int,
+) -> tuple[TokenLogprobs, ...]:
+    """Return the entries of a row's accepted tokens, sampled from row `first` of the logits on."""
+    if logprobs is None or num_top is None:
+        return ()
+    return tuple(
+        to_token_logprobs(logprobs, first + offset, token_id, num_top)
+        for offset, token_id in enumerate(token_ids)
+    )
+
+
+def _prompt_logprobs(
+    scored: list[tuple[Tensor, ChosenLogprobs]],
+) -> tuple[TokenLogprobs, ...]:
+    entries = []
+    for token_ids, chosen in scored:
+        on_host = chosen.cpu()
+        num_top = chosen.top_ids.shape[1]
+        for index, token_id in enumerate(token_ids.tolist()):
+            entries.append(to_token_logprobs(on_host, index, token_id, num_top))
+    return tuple(entries)
+
+
+def _accept(draft_token_ids: tuple[int, ...], sampled: list[int]) -> tuple[int, ...]:
+    """Return the sampled ids up to and including the first that differs from its draft.
+
+    Each was sampled as if the drafts before it were right, so the ids returned are those that
+    would have come out one by one (Leviathan et al., arXiv 2211.17192, for a deterministic draft
+    and common random numbers).
+    """
+    accepted: list[int] = []
+    for index, token_id in enumerate(sampled):
+        accepted.append(token_id)
+        if index < len(draft_token_ids) and token_id != draft_token_ids[index]:
+            break
+    return tuple(accepted)

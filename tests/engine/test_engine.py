@@ -1,0 +1,267 @@
+"""The engine with its real thread and a real event loop, over a runner without tensors."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from app.engine.client import EngineRequest, SequenceOutput
+from app.engine.engine import Engine, EngineOptions
+from app.errors import ContextLengthExceeded, Draining, EngineDead, Overloaded
+from model.step import RunnerLimits, SamplingParams, StepPlan
+from tests.engine.drive import VOCAB, make_limits
+from tests.fake_runner import FakeRunner, expected_tokens
+
+PROMPT = tuple(range(1, 9))
+
+
+def make_request(name: str, *, max_tokens: int = 8, n: int = 1, **fields) -> EngineRequest:
+    sampling = tuple(
+        SamplingParams(temperature=0.0, max_tokens=max_tokens, choice=choice) for choice in range(n)
+    )
+    return EngineRequest(
+        request_id=name,
+        prompt_token_ids=fields.pop("prompt", PROMPT),
+        sampling=sampling,
+        **fields,
+    )
+
+
+class Gate:
+    """Lets a test hold the device: launches wait until the gate is open."""
+
+    def __init__(self) -> None:
+        self.is_open = threading.Event()
+        self.is_reached = threading.Event()
+        self.fails: list[Exception] = []
+
+    def __call__(self, plan: StepPlan) -> None:
+        self.is_reached.set()
+        assert self.is_open.wait(20)
+        if self.fails:
+            raise self.fails.pop()
+
+
+def open_gate() -> Gate:
+    gate = Gate()
+    gate.is_open.set()
+    return gate
+
+
+class Running:
+    """An engine for the length of a test."""
+
+    def __init__(self, gate: Gate | None = None, **limits: int) -> None:
+        self.limits: RunnerLimits = make_limits(**limits)
+        self.runner = FakeRunner(self.limits, on_launch=gate or open_gate())
+        self.options = EngineOptions(max_num_queued_seqs=8)
+
+    async def __aenter__(self) -> Engine:
+        self.engine = Engine(self.runner, self.options)
+        self.engine.start()
+        return self.engine
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.engine.shutdown()
+        assert not self.engine.is_alive
+
+
+async def collect(stream) -> list[SequenceOutput]:
+    return [output async for outputs in stream for output in outputs]
+
+
+def tokens(outputs: list[SequenceOutput], index: int = 0) -> list[int]:
+    return [token for out in outputs if out.index == index for token in out.token_ids]
+
+
+def reasons(outputs: list[SequenceOutput]) -> list[str]:
+    return [output.finish_reason for output in outputs if output.finish_reason]
+
+
+@pytest.mark.parametrize("max_inflight", [1, 2])
+def test_every_choice_streams_its_tokens_and_ends_once(max_inflight):
+    async def scenario():
+        async with Running(max_inflight=max_inflight) as engine:
+            request = make_request("a", n=3)
+            outputs = await collect(engine.submit(request))
+            for index in range(3):
+                expected = expected_tokens(list(PROMPT), request.sampling[index], VOCAB)
+                assert tokens(outputs, index) == expected
+            assert reasons(outputs) == ["length"] * 3
+            assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+    asyncio.run(scenario())
+
+
+def test_many_requests_at_once_all_end_right_in_a_pool_that_is_too_small():
+    async def scenario():
+        async with Running(num_blocks=12, max_model_len=32, max_inflight=2) as engine:
+            engine._options = EngineOptions(max_num_queued_seqs=100)
+            requests = [
+                make_request(str(name), max_tokens=20, prompt=(name, name + 1))
+                for name in range(40)
+            ]
+            streams = [engine.submit(request) for request in requests]
+            results = await asyncio.gather(*(collect(stream) for stream in streams))
+            for request, outputs in zip(requests, results, strict=True):
+                prompt = list(request.prompt_token_ids)
+                assert tokens(outputs) == expected_tokens(prompt, request.sampling[0], VOCAB)
+            assert engine.stats().num_preemptions > 0
+            assert engine.stats().num_free_blocks == 12
+            assert engine.stats().num_requests_waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_slow_reader_gets_everything_merged():
+    async def scenario():
+        async with Running() as engine:
+            slow = engine.submit(make_request("slow"))
+            await collect(engine.submit(make_request("other", max_tokens=30)))
+            wakeups = [outputs async for outputs in slow]
+            assert len(wakeups) == 1
+            assert len(tokens(wakeups[0])) == 8
+
+    asyncio.run(scenario())
+
+
+def test_aborted_request_ends_and_frees_its_blocks_within_two_steps():
+    async def scenario():
+        gate = Gate()
+        running = Running(gate)
+        async with running as engine:
+            stream = engine.submit(make_request("a", max_tokens=40))
+            await asyncio.to_thread(gate.is_reached.wait)
+            stream.abort()
+            num_steps = engine.stats().num_steps
+            gate.is_open.set()
+            outputs = await collect(stream)
+            assert reasons(outputs) == ["abort"]
+            assert engine.stats().num_free_blocks == engine.stats().num_blocks
+            assert engine.stats().num_steps <= num_steps + 2
+
+    asyncio.run(scenario())
+
+
+def test_choice_finished_by_its_text_ends_with_stop_while_the_other_goes_on():
+    async def scenario():
+        async with Running() as engine:
+            stream = engine.submit(make_request("a", max_tokens=40, n=2))
+            outputs = []
+            async for batch in stream:
+                outputs += batch
+                stream.finish(0)
+            ends = {out.index: out.finish_reason for out in outputs if out.finish_reason}
+            assert ends == {0: "stop", 1: "length"}
+            assert len(tokens(outputs, 1)) == 40
+
+    asyncio.run(scenario())
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    async def scenario():
+        async with Running(max_model_len=32) as engine:
+            with pytest.raises(ContextLengthExceeded, match="32 tokens"):
+                engine.submit(make_request("a", max_tokens=25))
+            assert engine.stats().num_requests_waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_full_queue_refuses_and_takes_again_once_it_is_shorter():
+    async def scenario():
+        gate = Gate()
+        async with Running(gate, max_num_seqs=1) as engine:
+            streams = [engine.submit(make_request(str(name))) for name in range(8)]
+            with pytest.raises(Overloaded):
+                for name in range(8, 20):
+                    streams.append(engine.submit(make_request(str(name))))
+            gate.is_open.set()
+            await asyncio.gather(*(collect(stream) for stream in streams))
+            assert reasons(await collect(engine.submit(make_request("again")))) == ["length"]
+
+    asyncio.run(scenario())
+
+
+def test_failed_step_ends_its_requests_with_an_error_and_the_engine_goes_on():
+    async def scenario():
+        gate = open_gate()
+        gate.fails = [RuntimeError("device")]
+        async with Running(gate) as engine:
+            outputs = await collect(engine.submit(make_request("a")))
+            assert reasons(outputs) == ["error"]
+            assert engine.is_alive
+            assert reasons(await collect(engine.submit(make_request("b")))) == ["length"]
+            assert engine.stats().num_failed_steps == 1
+
+    asyncio.run(scenario())
+
+
+def test_engine_that_fails_again_and_again_dies_and_says_so():
+    async def scenario():
+        gate = open_gate()
+        gate.fails = [RuntimeError("device") for _ in range(3)]
+        async with Running(gate) as engine:
+            for name in "abc":
+                assert reasons(await collect(engine.submit(make_request(name)))) == ["error"]
+            while engine.is_alive:
+                await asyncio.sleep(0)
+            with pytest.raises(EngineDead):
+                engine.submit(make_request("d"))
+
+    asyncio.run(scenario())
+
+
+def test_drain_lets_running_requests_finish_and_takes_no_more():
+    async def scenario():
+        async with Running() as engine:
+            stream = engine.submit(make_request("a", max_tokens=40))
+            reading = asyncio.create_task(collect(stream))
+            await engine.drain(20)
+            with pytest.raises(Draining):
+                engine.submit(make_request("b"))
+            assert reasons(await reading) == ["length"]
+
+    asyncio.run(scenario())
+
+
+def test_drain_ends_what_is_left_with_an_error_after_its_limit():
+    async def scenario():
+        gate = Gate()
+        async with Running(gate) as engine:
+            stream = engine.submit(make_request("a"))
+            await asyncio.to_thread(gate.is_reached.wait)
+            await engine.drain(0.01)
+            gate.is_open.set()
+            outputs = await collect(stream)
+            assert reasons(outputs) == ["error"]
+            assert outputs[-1].error == "the server is shutting down"
+
+    asyncio.run(scenario())
+
+
+def test_stuck_step_shows_in_the_heartbeat_and_an_idle_engine_does_not():
+    async def scenario():
+        gate = Gate()
+        async with Running(gate) as engine:
+            assert engine.heartbeat_age_s() == 0
+            stream = engine.submit(make_request("a"))
+            await asyncio.to_thread(gate.is_reached.wait)
+            before = engine.heartbeat_age_s()
+            assert 0 < before < engine.heartbeat_age_s()
+            gate.is_open.set()
+            await collect(stream)
+
+    asyncio.run(scenario())
+
+
+def test_idle_engine_uses_no_processor_time():
+    async def scenario():
+        async with Running() as engine:
+            await collect(engine.submit(make_request("a")))
+            start = time.process_time()
+            await asyncio.sleep(0.5)
+            assert time.process_time() - start < 0.05
+
+    asyncio.run(scenario())
