@@ -1,0 +1,174 @@
+"""From logits to one id: temperature, min_p, top_k, top_p and the inverse of the CDF.
+
+Probabilities are integers here, in units of 2^-35 of the largest one. Integer sums come out
+the same in whatever order they are taken, so no batch shape, thread split or device changes
+them, and up to 2^18 ids they are exact in float64 as well. What is below one unit is never
+drawn. Knows nothing of requests or log-probabilities.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.sampling.ranking import best
+from model.sampling.transfer import upload, upload_ids
+from model.step import SamplingParams
+
+WEIGHT_BITS = 35
+LOG2_E = math.log2(math.e)
+_SHORTLIST = 1024  # candidates that are put in order before all are
+_TILE_SIZE = 1 << 18  # logits worked on at once: their temporaries stay in the CPU's cache
+
+
+def weigh(logits: Tensor, largest: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return log2 of each probability over the row's largest, and its weight in int64.
+
+    `largest` [N, 1] is the row's largest logit, `scale` [N, 1] log2(e) / temperature.
+    """
+    exponents = (logits - largest).mul_(scale)
+    return exponents, torch.exp2(exponents).mul_(float(1 << WEIGHT_BITS)).long()
+
+
+def draw(
+    token_ids: Tensor,
+    logits: Tensor,
+    largest: Tensor,
+    sampling: Sequence[SamplingParams],
+    uniforms: Tensor,
+) -> None:
+    """Overwrite the ids [N] of all rows that are not greedy by ids drawn from logits [N, V].
+
+    `largest` [N] are the rows' largest logits, `uniforms` [N] float64 on the device. A row could
+    be drawn in any of the ways below with the same result: they differ in speed alone. Rows
+    without a finite largest logit get any valid id.
+    """
+    vocab_size = logits.shape[1]
+    tile_len = max(1, _TILE_SIZE // vocab_size)
+    whole: list[int] = []
+    short: list[int] = []
+    long: list[int] = []
+    nucleus: list[int] = []
+    for index, s in enumerate(sampling):
+        if s.is_greedy:
+            continue
+        if 0 < s.top_k < vocab_size:
+            (short if s.top_k <= _SHORTLIST else long).append(index)
+        else:
+            (nucleus if s.top_p < 1.0 else whole).append(index)
+    for way, members in (
+        (_draw_from_all, whole),
+        (_draw_from_top_k, short),
+        (_draw_from_top_k, long),
+        (_draw_from_top_p, nucleus),
+    ):
+        for start in range(0, len(members), tile_len):
+            tile = members[start : start + tile_len]
+            where = upload_ids(tile, logits.device)
+            filters = _Filters.of([sampling[i] for i in tile], uniforms[where], vocab_size)
+            token_ids[where] = way(logits[where], largest[where, None], filters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Filters:
+    """The parameters of some rows as columns on the device, and their uniforms."""
+
+    scales: Tensor  # [N, 1] log2(e) / temperature
+    min_exponents: Tensor  # [N, 1] log2(min_p)
+    top_ks: Tensor  # [N, 1] int64; V where off
+    top_ps: Tensor  # [N, 1] float64
+    uniforms: Tensor  # [N, 1] float64
+    max_top_k: int
+
+    @classmethod
+    def of(
+        cls, sampling: Sequence[SamplingParams], uniforms: Tensor, vocab_size: int
+    ) -> "_Filters":
+        # The bounds keep 0 * inf out of the exponents, whatever the temperature.
+        scales = [min(max(LOG2_E / s.temperature, 1e-37), 1e37) for s in sampling]
+        min_exponents = [math.log2(s.min_p) if s.min_p > 0 else -math.inf for s in sampling]
+        top_ks = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in sampling]
+        top_ps = [s.top_p for s in sampling]
+        device = uniforms.device
+        return cls(
+            scales=upload(scales, torch.float32, device)[:, None],
+            min_exponents=upload(min_exponents, torch.float32, device)[:, None],
+            top_ks=upload_ids(top_ks, device)[:, None],
+            top_ps=upload(top_ps, torch.float64, device)[:, None],
+            uniforms=uniforms[:, None],
+            max_top_k=max(top_ks),
+        )
+
+    def weigh(self, logits: Tensor, largest: Tensor) -> Tensor:
+        """Return the weights after temperature and min_p."""
+        exponents, weights = weigh(logits, largest, self.scales)
+        return weights.masked_fill_(exponents < self.min_exponents, 0)
+
+    def select(self, rows: Tensor) -> "_Filters":
+        return _Filters(
+            scales=self.scales[rows],
+            min_exponents=self.min_exponents[rows],
+            top_ks=self.top_ks[rows],
+            top_ps=self.top_ps[rows],
+            uniforms=self.uniforms[rows],
+            max_top_k=self.max_top_k,
+        )
+
+
+def _draw_from_all(logits: Tensor, largest: Tensor, filters: _Filters) -> Tensor:
+    return _invert(filters.weigh(logits, largest), filters.uniforms)[:, 0]
+
+
+def _draw_from_top_k(logits: Tensor, largest: Tensor, filters: _Filters) -> Tensor:
+    ids = best(logits, filters.max_top_k)
+    weights = filters.weigh(logits.gather(1, ids), largest)
+    weights.masked_fill_(torch.arange(ids.shape[1], device=ids.device) >= filters.top_ks, 0)
+    kept, _ = _cut(weights, weights.sum(-1, keepdim=True), filters.top_ps)
+    return _pick(ids, kept, filters.uniforms)
+
+
+def _draw_from_top_p(logits: Tensor, largest: Tensor, filters: _Filters) -> Tensor:
+    """Draw from the smallest set of the best that reaches top_p.
+
+    A short list of the best mostly reaches it. Whether it did must be known on the host; so
+    that nothing waits for a device, anything but a CPU puts the whole vocabulary in order.
+    """
+    vocab_size = logits.shape[1]
+    list_len = min(_SHORTLIST, vocab_size) if logits.device.type == "cpu" else vocab_size
+    total = filters.weigh(logits, largest).sum(-1, keepdim=True)
+    ids = best(logits, list_len)
+    weights = filters.weigh(logits.gather(1, ids), largest)
+    kept, is_reached = _cut(weights, total, filters.top_ps)
+    drawn = _pick(ids, kept, filters.uniforms)
+    if list_len < vocab_size:
+        rest = (~is_reached).nonzero()[:, 0]
+        if len(rest):
+            drawn[rest] = _draw_from_top_k(logits[rest], largest[rest], filters.select(rest))
+    return drawn
+
+
+def _cut(weights: Tensor, total: Tensor, top_ps: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep of weights [N, M] in falling order the first few that reach top_p of the total.
+
+    Returns them, 0 elsewhere, and whether each row reached it [N].
+    """
+    target = (total * top_ps).round().long().clamp_(min=1)
+    reached = weights.cumsum(-1)
+    is_reached = reached[:, -1] >= target[:, 0]
+    return weights.masked_fill(reached - weights >= target, 0), is_reached
+
+
+def _pick(ids: Tensor, weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one of the ids [N, M], which come in any order, by rising id."""
+    ids, order = ids.sort(-1)
+    return ids.gather(1, _invert(weights.gather(1, order), uniforms))[:, 0]
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the first index [N, 1] at which the sum of the weights exceeds u of the total."""
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    target = torch.minimum((uniforms * total).long(), total - 1)
+    return torch.searchsorted(sums, target, right=True).clamp_(max=weights.shape[1] - 1)

@@ -1,0 +1,161 @@
+"""What a row's parameters do to its logits before temperature: masks, bias, penalties.
+
+Works in place on a copy of the rows that ask for it. Forbidden ids become -inf and stay so.
+Knows nothing of how a token is then chosen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from model.sampling.transfer import upload, upload_ids
+from model.step import SamplingParams
+
+_FORBIDDEN = float("-inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRow:
+    """One row of logits that is sampled."""
+
+    sampling: SamplingParams
+    position: int  # of the token to be sampled in its sequence
+    num_prompt_tokens: int
+    token_log: Tensor  # [position] ids on the device: prompt, then output
+    mask: Tensor | None = None  # packed int32 words [ceil(V / 32)]; bit i of word w: id 32 w + i
+
+    @property
+    def forbids_stops(self) -> bool:
+        return self.position - self.num_prompt_tokens < self.sampling.min_tokens
+
+    @property
+    def has_penalty(self) -> bool:
+        s = self.sampling
+        return (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether the row's logits are chosen from in any other form than they came."""
+        s = self.sampling
+        return (
+            self.mask is not None
+            or s.allowed_token_ids is not None
+            or bool(s.bad_words_token_ids)
+            or (self.forbids_stops and bool(s.stop_token_ids))
+            or bool(s.logit_bias)
+            or self.has_penalty
+        )
+
+
+def edit_logits(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Apply masks, then logit bias, then penalties to logits [N, V] in place."""
+    _apply_constraints(logits, rows)
+    _keep_allowed(logits, rows)
+    _forbid_ids(logits, rows)
+    _forbid_bad_words(logits, rows)
+    _add_bias(logits, rows)
+    _penalise(logits, rows)
+
+
+def _apply_constraints(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    for index, row in enumerate(rows):
+        if row.mask is not None:
+            bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+            allowed = ((row.mask[:, None] >> bits) & 1).view(-1)[: logits.shape[1]]
+            logits[index].masked_fill_(allowed == 0, _FORBIDDEN)
+
+
+def _keep_allowed(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    vocab_size = logits.shape[1]
+    for index, row in enumerate(rows):
+        if row.sampling.allowed_token_ids is not None:
+            allowed = [i for i in row.sampling.allowed_token_ids if 0 <= i < vocab_size]
+            ids = upload_ids(allowed, logits.device)
+            kept = logits[index].index_select(0, ids)
+            logits[index].fill_(_FORBIDDEN).index_copy_(0, ids, kept)
+
+
+def _forbid_ids(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Forbid ends of text before min_tokens, and bad words of one id."""
+    vocab_size = logits.shape[1]
+    where: list[int] = []
+    for index, row in enumerate(rows):
+        ids = {word[0] for word in row.sampling.bad_words_token_ids if len(word) == 1}
+        if row.forbids_stops:
+            ids |= row.sampling.stop_token_ids
+        where += [index * vocab_size + i for i in ids if 0 <= i < vocab_size]
+    if where:
+        logits.view(-1).index_fill_(0, upload_ids(where, logits.device), _FORBIDDEN)
+
+
+def _forbid_bad_words(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Forbid the last id of a bad word of several where the log ends with the ids before it."""
+    for index, row in enumerate(rows):
+        log = row.token_log
+        for *before, last in row.sampling.bad_words_token_ids:
+            if not before or len(before) > len(log) or not 0 <= last < logits.shape[1]:
+                continue
+            prefix = upload_ids(before, log.device)
+            begun = (log[len(log) - len(before) :] == prefix).all()
+            logits[index, last].masked_fill_(begun, _FORBIDDEN)
+
+
+def _add_bias(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    vocab_size = logits.shape[1]
+    where: list[int] = []
+    biases: list[float] = []
+    for index, row in enumerate(rows):
+        for token_id, bias in row.sampling.logit_bias:
+            if 0 <= token_id < vocab_size:
+                where.append(index * vocab_size + token_id)
+                biases.append(bias)
+    if where:
+        logits.view(-1).index_add_(
+            0,
+            upload_ids(where, logits.device),
+            upload(biases, logits.dtype, logits.device),
+        )
+
+
+def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Apply repetition, frequency and presence penalties, in vLLM's order.
+
+    Only the logits of ids in the log are touched. An id that occurs often is computed as often,
+    each time to the same value, so it does not matter which of them is written last. Neutral
+    penalties change no bit, so rows may be padded together.
+    """
+    indices: list[int] = []
+    logs: list[Tensor] = []
+    num_prompts: list[int] = []  # how much of each log is prompt
+    for index, row in enumerate(rows):
+        skipped = row.num_prompt_tokens if row.sampling.repetition_penalty == 1.0 else 0
+        if row.has_penalty and len(row.token_log) > skipped:
+            indices.append(index)
+            logs.append(row.token_log[skipped:])
+            num_prompts.append(row.num_prompt_tokens - skipped)
+    if not indices:
+        return
+
+    def column(values: list[float]) -> Tensor:
+        return upload(values, logits.dtype, logits.device)[:, None]
+
+    sampling = [rows[index].sampling for index in indices]
+    ids = pad_sequence(logs, batch_first=True, padding_value=-1).long()
+    is_padding = ids < 0
+    ids = torch.where(is_padding, ids[:, :1], ids)
+    order = torch.arange(ids.shape[1], device=ids.device)
+    is_output = (order >= upload_ids(num_prompts, ids.device)[:, None]) & ~is_padding
+
+    where = upload_ids(indices, logits.device)
+    edited = logits.index_select(0, where)
+    counts = torch.zeros_like(edited).scatter_add_(1, ids, is_output.to(logits.dtype))
+    counts = counts.gather(1, ids)
+    values = edited.gather(1, ids)
+    repetition = column([s.repetition_penalty for s in sampling])
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= column([s.frequency_penalty for s in sampling]) * counts
+    values -= column([s.presence_penalty for s in sampling]) * (counts > 0)
+    logits.index_copy_(0, where, edited.scatter_(1, ids, values))

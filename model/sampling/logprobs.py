@@ -1,0 +1,89 @@
+"""Log-probabilities of chosen tokens and of the best alternatives, from unmodified logits.
+
+Knows nothing of how the tokens were chosen. Serves sampled tokens and prompts alike.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.sampling.distribution import LOG2_E, WEIGHT_BITS, weigh
+from model.sampling.ranking import best
+from model.step import TokenLogprobs
+
+_TILE_SIZE = 1 << 18  # logits worked on at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenLogprobs:
+    """What is reported of N chosen tokens, each with the k most likely in falling order."""
+
+    logprobs: Tensor  # [N] float32
+    ranks: Tensor  # [N] int64; 1: the most likely
+    top_ids: Tensor  # [N, k] int64
+    top_logprobs: Tensor  # [N, k] float32
+
+    def cpu(self) -> "ChosenLogprobs":
+        """Return copies in host memory; waits for the device."""
+        return ChosenLogprobs(
+            logprobs=self.logprobs.cpu(),
+            ranks=self.ranks.cpu(),
+            top_ids=self.top_ids.cpu(),
+            top_logprobs=self.top_logprobs.cpu(),
+        )
+
+
+def chosen_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLogprobs:
+    """Report the tokens [N] chosen from logits [N, V], with `num_top` alternatives (at most V).
+
+    The logarithm of the softmax in float32. The rank counts greater logits, and equal ones of
+    a lower id.
+    """
+    num_top = min(num_top, logits.shape[1])
+    tile_len = max(1, _TILE_SIZE // logits.shape[1])
+    starts = range(0, len(token_ids), tile_len) if len(token_ids) else range(1)
+    tiles = [
+        _report(logits[i : i + tile_len], token_ids[i : i + tile_len, None], num_top)
+        for i in starts
+    ]
+    return ChosenLogprobs(
+        logprobs=torch.cat([tile.logprobs for tile in tiles]),
+        ranks=torch.cat([tile.ranks for tile in tiles]),
+        top_ids=torch.cat([tile.top_ids for tile in tiles]),
+        top_logprobs=torch.cat([tile.top_logprobs for tile in tiles]),
+    )
+
+
+def to_token_logprobs(
+    chosen: ChosenLogprobs, index: int, token_id: int, num_top: int
+) -> TokenLogprobs:
+    """Return one row of what `ChosenLogprobs.cpu()` gave, with its first `num_top` alternatives."""
+    return TokenLogprobs(
+        token_id=token_id,
+        logprob=float(chosen.logprobs[index]),
+        rank=int(chosen.ranks[index]),
+        top_ids=tuple(chosen.top_ids[index, :num_top].tolist()),
+        top_logprobs=tuple(chosen.top_logprobs[index, :num_top].tolist()),
+    )
+
+
+def _report(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLogprobs:
+    largest = logits.amax(-1, keepdim=True)
+    _, weights = weigh(logits, largest, LOG2_E)
+    log_total = weights.sum(-1, keepdim=True).double().log() - WEIGHT_BITS * math.log(2)
+
+    def logprobs(values: Tensor) -> Tensor:
+        return ((values - largest).double() - log_total).float()
+
+    chosen = logits.gather(1, token_ids)
+    is_lower_id = torch.arange(logits.shape[1], device=logits.device) < token_ids
+    is_before = (logits > chosen) | ((logits == chosen) & is_lower_id)
+    top_ids = best(logits, num_top) if num_top else token_ids[:, :0]
+    return ChosenLogprobs(
+        logprobs=logprobs(chosen)[:, 0],
+        ranks=1 + torch.count_nonzero(is_before, dim=-1),
+        top_ids=top_ids,
+        top_logprobs=logprobs(logits.gather(1, top_ids)),
+    )
