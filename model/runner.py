@@ -12,14 +12,9 @@ from torch import Tensor
 
 from model.network import Network
 from model.rows import Rows
-from model.sampling.sampler import (
-    ChosenLogprobs,
-    Sampled,
-    SampleRow,
-    chosen_logprobs,
-    sample,
-    to_token_logprobs,
-)
+from model.sampling.edits import SampleRow
+from model.sampling.logprobs import ChosenLogprobs, chosen_logprobs, to_token_logprobs
+from model.sampling.sampler import Sampled, sample
 from model.step import (
     FillMasks,
     PlanRow,

@@ -1,0 +1,76 @@
+"""The memory plan: what is asked for fits, or is refused in one line that says what to change."""
+
+import pytest
+import torch
+
+from model.config import LoadOptions, ModelConfig, RopeConfig
+from model.errors import ConfigError, ResourceError
+from model.memory import available_host_bytes, plan_memory
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=1024,
+    rope=RopeConfig(),
+    tie_word_embeddings=True,
+)
+EMBEDDING_AND_NORM = [(1000, 64), (64,)]
+ATTENTION = [(64, 64), (32, 64), (32, 64), (64, 64), (64,)]
+LAYER = [*ATTENTION, (128, 64), (128, 64), (64, 128), (64,)]
+BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
+
+
+def plan(**options):
+    return plan_memory(LoadOptions(model="m", **options), CONFIG, torch.float32, CPU)
+
+
+def test_pool_never_holds_more_than_all_sequences_can_use():
+    small = plan(max_num_seqs=2, max_num_batched_tokens=16)
+    assert small.num_blocks == 2 * 1024 // 16
+    assert small.kv_cache_bytes == small.num_blocks * 16 * BYTES_PER_TOKEN
+
+
+def test_weights_are_counted_to_the_byte():
+    expected = sum(
+        torch.Size(shape).numel()
+        for shape in EMBEDDING_AND_NORM
+        + 2 * LAYER
+        + 2
+        * [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128), (64,), (64,)]
+    )
+    assert plan().weights_bytes == 4 * expected
+
+
+def test_context_shrinks_to_the_pool_when_nobody_asked_for_a_length():
+    assert plan(kv_cache_memory_bytes=512 * BYTES_PER_TOKEN).max_model_len == 512
+
+
+def test_context_that_was_asked_for_and_does_not_fit_is_refused():
+    with pytest.raises(ResourceError, match="--max-model-len"):
+        plan(kv_cache_memory_bytes=512 * BYTES_PER_TOKEN, max_model_len=1024)
+
+
+def test_pool_without_a_single_block_is_refused():
+    with pytest.raises(ResourceError, match="room for 0 tokens"):
+        plan(kv_cache_memory_bytes=1)
+
+
+def test_context_beyond_the_models_positions_is_refused():
+    with pytest.raises(ConfigError, match="1024 positions"):
+        plan(max_model_len=2048)
+
+
+def test_fewer_tokens_a_step_than_sequences_is_refused():
+    with pytest.raises(ConfigError, match="--max-num-batched-tokens"):
+        plan(max_num_seqs=64, max_num_batched_tokens=32)
+
+
+def test_available_memory_is_read_from_the_machine():
+    assert 1 << 20 < available_host_bytes() < 1 << 50
