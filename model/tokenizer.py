@@ -2,6 +2,12 @@
 
 from typing import Protocol
 
+from model.errors import TokenizerError
+
+
+class UnencodableText(TokenizerError, ValueError):
+    """Raised for text that is not Unicode: half of a surrogate pair on its own."""
+
 
 class Tokenizer(Protocol):
     """Turn text into ids and ids into the exact bytes they stand for. Safe to share by threads."""

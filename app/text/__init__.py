@@ -1,0 +1,1 @@
+"""Text going in and coming out: chat templates, detokenising, stop strings. Knows no engine."""

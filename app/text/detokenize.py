@@ -1,0 +1,30 @@
+"""Ids into text, as they come: a character is given out when all its bytes are there.
+
+The definition of decoded text is the bytes of all ids, joined, as UTF-8 with U+FFFD for what is
+not; here it is only cut differently. Knows nothing of stop strings.
+"""
+
+import codecs
+from collections.abc import Iterable
+
+from model.tokenizer import Tokenizer
+
+
+class IncrementalDetokenizer:
+    """Decode one sequence's ids. The pieces joined, `flush` last, are the decoded text."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._is_special = tokenizer.is_special
+        self._skips = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Return the characters that these ids complete."""
+        if self._skips:
+            token_ids = [token_id for token_id in token_ids if not self._is_special(token_id)]
+        return self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+
+    def flush(self) -> str:
+        """Return what stands for bytes that never became a character."""
+        return self._decoder.decode(b"", final=True)
