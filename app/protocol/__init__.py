@@ -1,0 +1,1 @@
+"""The wire: what requests may say, as pydantic types. Nothing else."""

@@ -1,0 +1,185 @@
+"""What all request bodies share: strict JSON, one error at most, sampling fields.
+
+A body is validated once. A validator stops at the first fault of a list, so that a hostile body
+cannot make more work, or a longer answer, than an honest one. Explicit null means absent.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError, from_json
+
+from app.errors import InvalidRequest
+
+MAX_STOPS = 4
+MAX_BAD_WORDS = 128
+MAX_TEXT_SHOWN = 100
+MAX_TOKEN_ID = 2**31
+
+# Known to OpenAI's API or to other servers, and not done here: refused unless they say the same
+# as their absence. Silence would be an answer that is wrong.
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "suffix": ("",),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "logits_processors": ([],),
+    "documents": ([],),
+    "chat_template": (),
+    "truncate_prompt_tokens": (),
+    "stop_regex": (),
+    "typical_p": (1, 1.0),
+}
+# Say something about the request, nothing about its answer.
+HARMLESS = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+)
+
+
+class WireModel(BaseModel):
+    """A strict body or part of one; fields it does not know are kept aside."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    def ignored_fields(self) -> list[str]:
+        """Return the names of fields that have no effect. Raises InvalidRequest for unsupported."""
+        ignored = []
+        for name, value in (self.model_extra or {}).items():
+            if value is None:
+                continue
+            if name in UNSUPPORTED:
+                if value not in UNSUPPORTED[name]:
+                    raise InvalidRequest(f"'{name}' is not supported by this server.", param=name)
+            elif name not in HARMLESS:
+                ignored.append(name)
+        return ignored
+
+
+def _to_stops(value: object) -> object:
+    """Accept a string or up to four, none of them empty."""
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops[:5]):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("stop", "may hold at most 4 strings")
+    if not all(0 < len(stop) <= 1024 for stop in stops):
+        raise PydanticCustomError("stop", "strings must have 1 to 1024 characters")
+    return stops
+
+
+def check_token_ids(value: object, field: str = "token_ids") -> list[int]:
+    """Return a list of token ids, checked up to its first fault."""
+    if not isinstance(value, list):
+        raise PydanticCustomError(field, "must be a list of token ids")
+    for item in value:
+        if type(item) is not int or not 0 <= item < MAX_TOKEN_ID:
+            raise PydanticCustomError(field, "token ids must be integers from 0 on")
+    return value
+
+
+def _to_bad_words(value: object) -> list[str]:
+    if not isinstance(value, list) or len(value) > MAX_BAD_WORDS:
+        raise PydanticCustomError("bad_words", "must be a list of at most 128 strings")
+    if not all(isinstance(word, str) and 0 < len(word) <= 1024 for word in value):
+        raise PydanticCustomError("bad_words", "must be strings of 1 to 1024 characters")
+    return value
+
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_STRINGS_SCHEMA = {"type": "array", "items": {"type": "string"}}
+# Validated by hand: pydantic collects every fault of a list unless told otherwise.
+TokenIds = Annotated[list[int], PlainValidator(check_token_ids), WithJsonSchema(_IDS_SCHEMA)]
+BadWords = Annotated[list[str], PlainValidator(_to_bad_words), WithJsonSchema(_STRINGS_SCHEMA)]
+
+
+class StreamOptions(WireModel):
+    """What a stream reports besides tokens."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingFields(WireModel):
+    """The fields that completions and chat have in common; ranges are OpenAI's."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_to_stops)] = []
+    stop_token_ids: TokenIds | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: BadWords | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    parse_special: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+Model = TypeVar("Model", bound=WireModel)
+
+
+def parse_json(body: bytes) -> dict[str, object]:
+    """Read a JSON object strictly: UTF-8, finite numbers, no lone surrogates."""
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        reason = str(error)[:MAX_TEXT_SHOWN]
+        raise InvalidRequest(f"The body is not valid JSON: {reason}.") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    return value
+
+
+def validate(model: type[Model], value: dict[str, object]) -> Model:
+    """Return the validated body; raises InvalidRequest that names the first faulty field."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # Names of union members are ours, not the client's.
+        path = [str(part) for part in first["loc"] if "[" not in str(part)]
+        param = ".".join(path)[:MAX_TEXT_SHOWN] or None
+        place = f"'{param}': " if param else ""
+        raise InvalidRequest(f"{place}{first['msg']}."[:400], param=param) from None

@@ -1,0 +1,33 @@
+"""What every use case needs: the engine, the tokenizer and the facts about the model."""
+
+import time
+from dataclasses import dataclass, field
+
+from app.engine.client import EngineClient
+from app.errors import ModelNotFound
+from app.serving.metrics import RequestMetrics
+from app.text.chat_template import ChatTemplate
+from model.config import GenerationDefaults
+from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingContext:
+    """One served model."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    model_names: tuple[str, ...]  # the first is the one that answers carry
+    max_model_len: int
+    vocab_size: int
+    defaults: GenerationDefaults
+    eos_token_ids: frozenset[int]
+    system_fingerprint: str
+    metrics: RequestMetrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ModelNotFound unless the name is served here; no name means the only model."""
+        if name is not None and name not in self.model_names:
+            raise ModelNotFound(f"The model '{name[:100]}' does not exist.", param="model")

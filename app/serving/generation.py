@@ -1,0 +1,204 @@
+"""One request's run through the engine: prompts in, deltas of text out, usage counted.
+
+The one path under completions and chat, streamed or not. What lies past a stop string is in no
+delta, no count and no metric.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from app.engine.client import EngineRequest, RequestStream, SequenceOutput
+from app.errors import EngineFailed
+from app.protocol.common import SamplingFields
+from app.serving.context import ServingContext
+from app.serving.metrics import ChoiceTimer
+from app.text.output import OutputText
+from model.step import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt with the parameters of its choices."""
+
+    token_ids: list[int]
+    sampling: tuple[SamplingParams, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceDelta:
+    """What came of one choice since its last delta; the last one has a finish_reason."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens taken and given."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_completion_tokens: int = 0
+
+    def to_wire(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+        }
+
+
+@dataclass(slots=True)
+class _Choice:
+    text: OutputText
+    timer: ChoiceTimer
+    is_done: bool = False
+    unread_prompt: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Generation:
+    """Submits the prompts of one request and turns outputs into deltas.
+
+    Choices are numbered prompt * n + choice. `abort` is to be called whatever happens.
+    """
+
+    def __init__(
+        self,
+        context: ServingContext,
+        fields: SamplingFields,
+        request_id: str,
+        prompts: list[Prompt],
+    ) -> None:
+        self._context = context
+        self._fields = fields
+        self._arrival_s = time.monotonic()
+        self.usage = Usage(num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
+        self._choices: list[_Choice] = []
+        self._streams: list[tuple[int, RequestStream]] = []
+        try:
+            for number, prompt in enumerate(prompts):
+                self._submit(f"{request_id}-{number}", prompt)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _submit(self, request_id: str, prompt: Prompt) -> None:
+        metrics = self._context.metrics
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt.token_ids),
+            sampling=prompt.sampling,
+            priority=self._fields.priority or 0,
+            cache_salt=self._fields.cache_salt or "",
+            read_prefix_cache=prompt.sampling[0].prompt_logprobs is None,
+        )
+        stream = self._context.engine.submit(request)
+        self._streams.append((len(self._choices), stream))
+        metrics.prompt_tokens.inc(len(prompt.token_ids))
+        metrics.prompt_len.observe(len(prompt.token_ids))
+        for _ in prompt.sampling:
+            text = OutputText(
+                self._context.tokenizer,
+                stop=self._fields.stop,
+                include_stop=bool(self._fields.include_stop_str_in_output),
+                skip_special_tokens=self._fields.skip_special_tokens is not False,
+            )
+            self._choices.append(_Choice(text, ChoiceTimer(metrics, self._arrival_s)))
+
+    def abort(self) -> None:
+        """End what has not ended."""
+        for _, stream in self._streams:
+            stream.abort()
+
+    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        """Yield deltas until every choice has ended. Raises EngineFailed."""
+        async for first, stream, outputs in _merged(self._streams):
+            for output in outputs:
+                delta = self._take(first, stream, output)
+                if delta is not None:
+                    yield delta
+
+    def _take(
+        self, first: int, stream: RequestStream, output: SequenceOutput
+    ) -> ChoiceDelta | None:
+        choice = self._choices[first + output.index]
+        if choice.is_done:
+            return None
+        if output.finish_reason in ("error", "abort"):
+            choice.timer.end(output.finish_reason)
+            raise EngineFailed(output.error or "The request was aborted.")
+        ids = output.token_ids
+        is_stopped_by_id = output.stop_token_id is not None
+        hides_last = is_stopped_by_id and not self._fields.include_stop_str_in_output
+        pushed = choice.text.push(ids[:-1] if hides_last else ids)
+        text, stop = pushed.text, pushed.stop
+        num_tokens = len(ids) if hides_last and stop is None else pushed.num_tokens
+        reason: str | None = output.finish_reason
+        if reason is not None and stop is None:
+            last = choice.text.finish()
+            text, stop = text + last.text, last.stop
+        if stop is not None:
+            reason = "stop"
+            stream.finish(output.index)
+        choice.timer.add(num_tokens)
+        self.usage.num_completion_tokens += num_tokens
+        if reason is not None:
+            choice.is_done = True
+            choice.timer.end(reason)
+            if output.index == 0:
+                self.usage.num_cached_tokens += output.num_cached_tokens
+        if not (text or num_tokens or output.prompt_logprobs or reason):
+            return None
+        return ChoiceDelta(
+            index=first + output.index,
+            text=text,
+            token_ids=ids[:num_tokens],
+            logprobs=output.logprobs[:num_tokens],
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop if stop is not None else self._stop_id(output),
+        )
+
+    def _stop_id(self, output: SequenceOutput) -> int | None:
+        """Return a stop id that the user named; an end of text is no reason to tell, as in vLLM."""
+        named = self._fields.stop_token_ids or ()
+        return output.stop_token_id if output.stop_token_id in named else None
+
+
+async def _merged(
+    streams: Sequence[tuple[int, RequestStream]],
+) -> AsyncIterator[tuple[int, RequestStream, Sequence[SequenceOutput]]]:
+    """Yield the outputs of several streams as they come."""
+    if len(streams) == 1:
+        first, stream = streams[0]
+        async for outputs in stream:
+            yield first, stream, outputs
+        return
+    queue: asyncio.Queue[tuple[int, RequestStream, Sequence[SequenceOutput]] | None]
+    queue = asyncio.Queue()
+
+    async def forward(first: int, stream: RequestStream) -> None:
+        async for outputs in stream:
+            queue.put_nowait((first, stream, outputs))
+        queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(forward(first, stream)) for first, stream in streams]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()

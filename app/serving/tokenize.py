@@ -1,0 +1,46 @@
+"""POST /tokenize and /detokenize: ids of a text or a conversation, and back."""
+
+from app.errors import InvalidRequest
+from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from app.serving.answer import JsonObject
+from app.serving.chat import encode_messages
+from app.serving.context import ServingContext
+from app.serving.logprobs import token_text
+from app.serving.params import check_ids, tokenize_text
+from app.text.detokenize import IncrementalDetokenizer
+
+
+async def tokenize(context: ServingContext, request: TokenizeRequest) -> JsonObject:
+    context.check_model(request.model)
+    if (request.prompt is None) == (not request.messages):
+        raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt")
+    if request.prompt is None:
+        token_ids = await encode_messages(
+            context,
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            parse_special=bool(request.parse_special),
+        )
+    else:
+        token_ids = await tokenize_text(
+            context,
+            request.prompt,
+            param="prompt",
+            add_special_tokens=request.add_special_tokens is not False,
+            parse_special=request.parse_special is not False,
+        )
+    answer: JsonObject = {
+        "count": len(token_ids),
+        "max_model_len": context.max_model_len,
+        "tokens": token_ids,
+    }
+    if request.return_token_strs:
+        answer["token_strs"] = [token_text(context.tokenizer, token_id) for token_id in token_ids]
+    return answer
+
+
+def detokenize(context: ServingContext, request: DetokenizeRequest) -> JsonObject:
+    context.check_model(request.model)
+    check_ids(context, request.tokens, "tokens")
+    detokenizer = IncrementalDetokenizer(context.tokenizer, skip_special_tokens=False)
+    return {"prompt": detokenizer.push(request.tokens) + detokenizer.flush()}
