@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from model.attention.paged import AttentionPlan, PagedAttention
 from model.config import ModelConfig
 from model.kv_pool import KVPool
-from model.layers.linear import ROW_TILE, Linear
+from model.layers.activation import swiglu
+from model.layers.linear import ROW_TILE, Linear, choose_tile_sizes
 from model.layers.norm import RMSNorm
 from model.layers.rotary import RotaryEmbedding, rotate
 from model.network import StepInputs
@@ -35,6 +35,7 @@ class LlamaNetwork:
         head = self._embedding if config.tie_word_embeddings else read("lm_head.weight")
         self._head = Linear(head)
         self._rotary = RotaryEmbedding(config, max_model_len, self._embedding.device)
+        choose_tile_sizes([self._head, *(each for block in self._blocks for each in block.linears)])
 
     @property
     def row_tile(self) -> int:
@@ -62,6 +63,7 @@ class Block:
         self._attention = Attention(config, read, paged, layer)
         self._mlp_norm = RMSNorm(read(prefix + "post_attention_layernorm.weight"), eps)
         self._mlp = MLP(config, read, prefix + "mlp.")
+        self.linears = [*self._attention.linears, *self._mlp.linears]
 
     def __call__(self, x: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         """Map the residual stream [T, hidden] to the next block's."""
@@ -76,6 +78,7 @@ class Attention:
         prefix = f"model.layers.{layer}.self_attn."
         self._qkv = read_fused(read, prefix, ("q_proj", "k_proj", "v_proj"), config.attention_bias)
         self._output = read_linear(read, prefix + "o_proj", config.attention_bias)
+        self.linears = [self._qkv, self._output]
         self._paged = paged
         self._layer = layer
         self._head_dim = config.head_dim
@@ -91,16 +94,16 @@ class Attention:
 
 
 class MLP:
-    """SwiGLU (Shazeer, arXiv 2002.05202): silu(gate x) * up x, then down."""
+    """The feed-forward part: silu(gate x) * up x, then down."""
 
     def __init__(self, config: ModelConfig, read: Read, prefix: str) -> None:
         self._gate_up = read_fused(read, prefix, ("gate_proj", "up_proj"), config.mlp_bias)
         self._down = read_linear(read, prefix + "down_proj", config.mlp_bias)
+        self.linears = [self._gate_up, self._down]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x [T, hidden] to [T, hidden]."""
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(silu(gate.contiguous()) * up)
+        return self._down(swiglu(self._gate_up(x)))
 
 
 def read_linear(read: Read, name: str, has_bias: bool) -> Linear:

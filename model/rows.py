@@ -10,6 +10,7 @@ import torch
 
 from model.network import StepInputs
 from model.step import NewRow, PlanRow, RunnerLimits, SamplingParams
+from model.transfer import send, upload
 
 
 @dataclass(slots=True)
@@ -45,20 +46,22 @@ class Rows:
     def add(self, new: NewRow) -> None:
         assert new.row not in self._states
         self._states[new.row] = RowState(new.sampling, new.num_prompt_tokens)
-        token_ids = torch.tensor(new.token_ids, dtype=torch.int32)
-        self.token_log[new.row, : len(new.token_ids)] = token_ids.to(self._device)
+        token_ids = upload(new.token_ids, torch.int32, self._device)
+        self.token_log[new.row, : len(token_ids)] = token_ids
 
     def extend(self, plan_row: PlanRow) -> None:
         """Append the plan's new blocks to the row's table, and its drafts to the log."""
         state = self._states[plan_row.row]
+        assert plan_row.num_tokens > len(plan_row.draft_token_ids)
         if plan_row.new_block_ids:
-            blocks = torch.tensor(plan_row.new_block_ids, dtype=torch.int32).to(self._device)
+            blocks = upload(plan_row.new_block_ids, torch.int32, self._device)
             end = state.num_blocks + len(blocks)
             self._block_tables[plan_row.row, state.num_blocks : end] = blocks
             state.num_blocks = end
+        assert plan_row.start + plan_row.num_tokens <= state.num_blocks * self._block_size
         if plan_row.draft_token_ids:
             end = plan_row.start + plan_row.num_tokens
-            drafts = torch.tensor(plan_row.draft_token_ids, dtype=torch.int32).to(self._device)
+            drafts = upload(plan_row.draft_token_ids, torch.int32, self._device)
             self.token_log[plan_row.row, end - len(drafts) : end] = drafts
 
     def gather(self, plan_rows: tuple[PlanRow, ...], row_tile: int) -> StepInputs:
@@ -70,8 +73,9 @@ class Rows:
         positions = torch.cat(
             [torch.arange(row.start, row.start + row.num_tokens) for row in plan_rows]
         )
-        rows, token_rows = rows.to(self._device), token_rows.to(self._device)
-        positions = positions.to(self._device)
+        rows, token_rows, positions = (
+            send(each, self._device) for each in (rows, token_rows, positions)
+        )
         blocks = self._block_tables[token_rows, positions // self._block_size].to(torch.int64)
         slots = blocks * self._block_size + positions % self._block_size
         token_ids = self.token_log[token_rows, positions].to(torch.int64)

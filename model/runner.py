@@ -1,12 +1,14 @@
 """Runs plans on a device: gather the rows, one forward pass, sample, append.
 
 On CUDA nothing here waits for the device before `collect`, so a second step can be launched
-while the first one runs; on a CPU a step is complete when `launch` returns.
+while the first one runs: results are queued for pinned host memory at launch, and `collect`
+waits for an event behind them. On a CPU a step is complete when `launch` returns.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from model.step import (
     StepResult,
     TokenLogprobs,
 )
+from model.transfer import download, send, upload_ids
 
 PROMPT_LOGPROB_ROWS = 64  # rows of logits held at once while a prompt is scored
 
@@ -36,10 +39,10 @@ class _Launched(StepHandle):
 
     `sampling` is parallel to the plan's rows: by the time of `collect` a row may be another
     sequence's. `sampled` holds the rows that sample in order, 1 + drafts each; `scored` what
-    there is of prompt logprobs, by index of the plan row.
+    there is of prompt logprobs, by index of the plan row. All tensors are in host memory.
     """
 
-    sampling: list[SamplingParams] = field(default_factory=list)
+    sampling: list[SamplingParams]
     sampled: Sampled | None = None
     scored: dict[int, list[tuple[Tensor, ChosenLogprobs]]] = field(default_factory=dict)
     is_done: torch.cuda.Event | None = None
@@ -65,55 +68,38 @@ class ModelRunner:
             self._rows.remove(row)
         for new_row in plan.added:
             self._rows.add(new_row)
+        sampling = [self._rows[plan_row.row].sampling for plan_row in plan.rows]
+        handle = _Launched(plan=plan, sampling=sampling)
+        if not plan.rows:
+            return handle
         for plan_row in plan.rows:
             self._rows.extend(plan_row)
         inputs = self._rows.gather(plan.rows, self._network.row_tile)
         hidden = self._network.forward(inputs)
-        sampling = [self._rows[plan_row.row].sampling for plan_row in plan.rows]
-        handle = _Launched(plan=plan, sampling=sampling)
         for index, plan_row in enumerate(plan.rows):
             if scored := self._score_prompt(plan_row, hidden, inputs.query_starts[index]):
                 handle.scored[index] = scored
         masks = self._fill(plan, fill_masks)
-        self._sample(handle, hidden, inputs.query_starts, masks)
+        handle.sampled = self._sample(plan, hidden, inputs.query_starts, masks)
         if self._device.type == "cuda":
             handle.is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             handle.is_done.record()
         return handle
 
-    @torch.inference_mode()
     def collect(self, handle: StepHandle) -> StepResult:
-        """Wait for a step and bring its tokens to the host."""
+        """Wait for a step and return its tokens as plain numbers."""
         assert isinstance(handle, _Launched)
         if handle.is_done is not None:
             handle.is_done.synchronize()
-        token_ids: list[int] = []
-        is_broken: list[bool] = []
-        logprobs = None
-        if handle.sampled is not None:
-            token_ids = handle.sampled.token_ids.tolist()
-            is_broken = handle.sampled.is_broken.tolist()
-            if handle.sampled.logprobs is not None:
-                logprobs = handle.sampled.logprobs.cpu()
+        outcome = _Outcome(handle.sampled)
         results = []
         place = 0
         for index, plan_row in enumerate(handle.plan.rows):
-            count = 1 + len(plan_row.draft_token_ids) if plan_row.sample else 0
-            chosen = slice(place, place + count)
-            place += count
-            error = "the model's logits are not finite" if any(is_broken[chosen]) else None
-            accepted = _accept(plan_row.draft_token_ids, token_ids[chosen])
-            results.append(
-                RowResult(
-                    row=plan_row.row,
-                    token_ids=() if error else accepted,
-                    logprobs=_logprobs(
-                        handle.sampling[index].logprobs, accepted, logprobs, chosen.start
-                    ),
-                    prompt_logprobs=_prompt_logprobs(handle.scored.get(index, [])),
-                    error=error,
-                )
-            )
+            num_sampled = 1 + len(plan_row.draft_token_ids) if plan_row.sample else 0
+            scored = handle.scored.get(index, [])
+            num_top = handle.sampling[index].logprobs
+            results.append(outcome.row_result(plan_row, place, num_top, scored))
+            place += num_sampled
         return StepResult(step_id=handle.plan.step_id, rows=tuple(results))
 
     def _fill(self, plan: StepPlan, fill_masks: FillMasks) -> Tensor | None:
@@ -122,17 +108,17 @@ class ModelRunner:
             return None
         num_words = -(-self._limits.vocab_size // 32)
         masks = torch.full((plan.num_mask_slots, num_words), -1, dtype=torch.int32)
-        fill_masks([memoryview(mask.numpy()) for mask in masks])
-        return masks.to(self._device, non_blocking=True)
+        fill_masks([memoryview(mask.numpy().view(np.uint32)) for mask in masks])
+        return send(masks, self._device)
 
     def _sample(
-        self, handle: _Launched, hidden: Tensor, query_starts: list[int], masks: Tensor | None
-    ) -> None:
+        self, plan: StepPlan, hidden: Tensor, query_starts: list[int], masks: Tensor | None
+    ) -> Sampled | None:
         """Sample the rows that ask for it and append the tokens to their logs."""
         rows: list[SampleRow] = []
         tokens: list[int] = []
         log_rows: list[int] = []
-        for index, plan_row in enumerate(handle.plan.rows):
+        for index, plan_row in enumerate(plan.rows):
             if not plan_row.sample:
                 continue
             state = self._rows[plan_row.row]
@@ -155,10 +141,10 @@ class ModelRunner:
                 tokens.append(query_starts[index + 1] - 1 - num_drafts + offset)
                 log_rows.append(plan_row.row)
         if not rows:
-            return
-        handle.sampled = sample(self._logits(hidden, tokens), rows)
-        positions = [row.position for row in rows]
-        self._append(handle.sampled.token_ids, log_rows, positions)
+            return None
+        sampled = sample(self._logits(hidden, tokens), rows)
+        self._append(sampled.token_ids, log_rows, [row.position for row in rows])
+        return sampled.download()
 
     def _append(self, token_ids: Tensor, rows: list[int], positions: list[int]) -> None:
         """Write sampled ids behind the position each was sampled from.
@@ -167,13 +153,13 @@ class ModelRunner:
         its draft they are the drafts themselves, and what lies behind it is written again by a
         later step before anything reads it.
         """
-        where = (torch.tensor(rows).to(self._device), torch.tensor(positions).to(self._device))
+        where = (upload_ids(rows, self._device), upload_ids(positions, self._device))
         self._rows.token_log[where] = token_ids.to(torch.int32)
 
     def _logits(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
         """Return the logits [N, V] of some of the step's tokens."""
         padded = list(tokens) + [0] * (-len(tokens) % self._network.row_tile)
-        chosen = hidden[torch.tensor(padded).to(self._device)]
+        chosen = hidden[upload_ids(padded, self._device)]
         return self._network.compute_logits(chosen)[: len(tokens)]
 
     def _score_prompt(
@@ -191,35 +177,55 @@ class ModelRunner:
             logits = self._logits(hidden, range(start + offset, stop + offset))
             token_ids = self._rows.token_log[plan_row.row, start + 1 : stop + 1].to(torch.int64)
             chosen = chosen_logprobs(logits, token_ids, state.sampling.prompt_logprobs)
-            scored.append((token_ids, chosen))
+            scored.append((download(token_ids), chosen.download()))
         return scored
 
 
-def _logprobs(
-    num_top: int | None,
-    token_ids: tuple[int, ...],
-    logprobs: ChosenLogprobs | None,
-    first: int,
-) -> tuple[TokenLogprobs, ...]:
-    """Return the entries of a row's accepted tokens, sampled from row `first` of the logits on."""
-    if logprobs is None or num_top is None:
-        return ()
-    return tuple(
-        to_token_logprobs(logprobs, first + offset, token_id, num_top)
-        for offset, token_id in enumerate(token_ids)
-    )
+class _Outcome:
+    """What a finished step sampled, on its way into row results."""
+
+    def __init__(self, sampled: Sampled | None) -> None:
+        self._token_ids: list[int] = [] if sampled is None else sampled.token_ids.tolist()
+        self._is_broken: list[bool] = [] if sampled is None else sampled.is_broken.tolist()
+        self._logprobs = None if sampled is None else sampled.logprobs
+
+    def row_result(
+        self,
+        plan_row: PlanRow,
+        place: int,
+        num_top: int | None,
+        scored: list[tuple[Tensor, ChosenLogprobs]],
+    ) -> RowResult:
+        """Return the result of a row whose samples begin at `place`."""
+        accepted: tuple[int, ...] = ()
+        if plan_row.sample:
+            end = place + 1 + len(plan_row.draft_token_ids)
+            accepted = _accept(plan_row.draft_token_ids, self._token_ids[place:end])
+        is_broken = any(self._is_broken[place : place + len(accepted)])
+        if is_broken or any(bool(chosen.logprobs.isnan().any()) for _, chosen in scored):
+            return RowResult(row=plan_row.row, error="the model's logits are not finite")
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._logprobs is not None and num_top is not None:
+            logprobs = tuple(
+                to_token_logprobs(self._logprobs, place + offset, token_id, num_top)
+                for offset, token_id in enumerate(accepted)
+            )
+        return RowResult(
+            row=plan_row.row,
+            token_ids=accepted,
+            logprobs=logprobs,
+            prompt_logprobs=_prompt_logprobs(scored),
+        )
 
 
 def _prompt_logprobs(
     scored: list[tuple[Tensor, ChosenLogprobs]],
 ) -> tuple[TokenLogprobs, ...]:
-    entries = []
-    for token_ids, chosen in scored:
-        on_host = chosen.cpu()
-        num_top = chosen.top_ids.shape[1]
-        for index, token_id in enumerate(token_ids.tolist()):
-            entries.append(to_token_logprobs(on_host, index, token_id, num_top))
-    return tuple(entries)
+    return tuple(
+        to_token_logprobs(chosen, index, token_id, chosen.top_ids.shape[1])
+        for token_ids, chosen in scored
+        for index, token_id in enumerate(token_ids.tolist())
+    )
 
 
 def _accept(draft_token_ids: tuple[int, ...], sampled: list[int]) -> tuple[int, ...]:

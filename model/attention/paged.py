@@ -20,6 +20,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kv_pool import KVPool
 from model.network import StepInputs
+from model.transfer import send, upload_ids
 
 KEY_BLOCK = 256
 QUERY_ROWS = 16
@@ -33,8 +34,8 @@ class _KeyBlock:
     """
 
     num_tiles: int
-    slots: Tensor  # [num_tiles * KEY_BLOCK]
-    is_hidden: Tensor  # [num_tiles, 1, QUERY_ROWS, KEY_BLOCK]: keys after the row's position
+    slots: Tensor  # [num_tiles * KEY_BLOCK] int32
+    is_hidden: Tensor | None  # [num_tiles, rows, KEY_BLOCK]: keys after a row's position, if any
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,38 +82,38 @@ class PagedAttention:
         query_tokens = torch.where(is_real, first_tokens[:, None] + offsets, 0)
         token_rows = torch.zeros(inputs.positions.shape[0], dtype=torch.int64)
         token_rows[query_tokens[is_real]] = is_real.flatten().nonzero().squeeze(1)
-        query_tokens = query_tokens.to(device)
+        query_tokens = send(query_tokens, device)
         positions = inputs.positions[query_tokens]  # [tiles, positions]
-        sequences = torch.tensor([tile[1] for tile in tiles], device=device)
-        key_blocks = [
-            self._key_block(inputs, first_key, lengths, sequences, positions)
-            for first_key in range(0, lengths[0], KEY_BLOCK)
-        ]
+        tables = inputs.block_tables[upload_ids([tile[1] for tile in tiles], device)]
+        first_position = min(length - tile[3] for length, tile in zip(lengths, tiles, strict=True))
+        key_blocks = []
+        for first_key in range(0, lengths[0], KEY_BLOCK):
+            num_tiles = sum(length > first_key for length in lengths)
+            limits = upload_ids(lengths[:num_tiles], device)
+            slots = self._key_slots(first_key, limits, tables[:num_tiles])
+            # Far behind a long prompt's last chunk nothing is hidden, and no mask is kept.
+            is_open = first_key + KEY_BLOCK <= first_position + 1
+            is_hidden = None if is_open else self._hidden_keys(first_key, positions[:num_tiles])
+            key_blocks.append(_KeyBlock(num_tiles, slots, is_hidden))
         write_slots = torch.where(inputs.slots < 0, self._pool.trash_slot, inputs.slots)
-        return AttentionPlan(write_slots, query_tokens.flatten(), token_rows.to(device), key_blocks)
+        token_rows = send(token_rows, device)
+        return AttentionPlan(write_slots, query_tokens.flatten(), token_rows, key_blocks)
 
-    def _key_block(
-        self,
-        inputs: StepInputs,
-        first_key: int,
-        lengths: list[int],
-        sequences: Tensor,
-        positions: Tensor,
-    ) -> _KeyBlock:
-        num_tiles = sum(length > first_key for length in lengths)
-        device = positions.device
+    def _key_slots(self, first_key: int, limits: Tensor, tables: Tensor) -> Tensor:
+        """Return the slots [tiles * KEY_BLOCK] of a block of keys; those past a tile are zeros."""
         size = self._pool.block_size
-        keys = torch.arange(first_key, first_key + KEY_BLOCK, device=device)
-        limits = torch.tensor(lengths[:num_tiles], device=device)
-        tables = inputs.block_tables[sequences[:num_tiles]]
+        keys = torch.arange(first_key, first_key + KEY_BLOCK, device=tables.device)
         blocks = tables[:, (keys // size).clamp(max=tables.shape[1] - 1)]
-        slots = torch.where(
-            keys < limits[:, None], blocks * size + keys % size, self._pool.zero_slot
-        )
-        rows = positions[:num_tiles].repeat_interleave(self._group, dim=1)
+        is_real = keys < limits[:, None]
+        slots = torch.where(is_real, blocks * size + keys % size, self._pool.zero_slot)
+        return slots.flatten().to(torch.int32)
+
+    def _hidden_keys(self, first_key: int, positions: Tensor) -> Tensor:
+        """Return which of a block of keys lie after the position of each row of each tile."""
+        keys = torch.arange(first_key, first_key + KEY_BLOCK, device=positions.device)
+        rows = positions.repeat_interleave(self._group, dim=1)
         rows = torch.nn.functional.pad(rows, (0, self._num_rows - rows.shape[1]))
-        is_hidden = (keys > rows[:, :, None]).unsqueeze(1)
-        return _KeyBlock(num_tiles, slots.flatten(), is_hidden)
+        return keys > rows[:, :, None]
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
@@ -123,40 +124,41 @@ class PagedAttention:
         one step may share blocks.
         """
         self._pool.write(layer, plan.write_slots, keys, values)
-        tiles = self._tile(queries, plan)  # [tiles, K, rows, D]
+        tiles = self._tile(queries, plan)  # [K, tiles, rows, D]
         best = tiles.new_full((*tiles.shape[:3], 1), -torch.inf, dtype=torch.float32)
         total = torch.zeros_like(best)
         output = torch.zeros_like(tiles, dtype=torch.float32)
         for block in plan.key_blocks:
             n = block.num_tiles
-            keys, values = self._gather(layer, block)  # [tiles, K, KEY_BLOCK, D]
-            scores = torch.matmul(tiles[:n], keys.transpose(2, 3)).to(torch.float32)
-            scores = scores.masked_fill_(block.is_hidden, -torch.inf)
-            new_best = torch.maximum(best[:n], scores.amax(-1, keepdim=True))
-            weights = (scores - new_best).exp_()
-            keep = (best[:n] - new_best).exp_()
-            best[:n] = new_best
-            total[:n] = total[:n] * keep + weights.sum(-1, keepdim=True)
-            added = torch.matmul(weights.to(values.dtype), values).to(torch.float32)
-            output[:n] = output[:n] * keep + added
-        return self._untile(output / total, plan).to(queries.dtype)
+            keys, values = self._pool.read(layer, block.slots)  # [K, n * KEY_BLOCK, D]
+            scores = self._multiply(tiles[:, :n], keys.view(-1, KEY_BLOCK, self._head_dim).mT)
+            if block.is_hidden is not None:
+                scores.masked_fill_(block.is_hidden, -torch.inf)
+            new_best = torch.maximum(best[:, :n], scores.amax(-1, keepdim=True))
+            weights = scores.sub_(new_best).exp_()
+            keep = (best[:, :n] - new_best).exp_()
+            best[:, :n] = new_best
+            total[:, :n].mul_(keep).add_(weights.sum(-1, keepdim=True))
+            values = values.view(-1, KEY_BLOCK, self._head_dim)
+            output[:, :n].mul_(keep).add_(self._multiply(weights.to(values.dtype), values))
+        return self._untile(output.div_(total), plan).to(queries.dtype)
+
+    def _multiply(self, tiles: Tensor, columns: Tensor) -> Tensor:
+        """Return tiles [K, n, rows, M] @ columns [K * n, M, C] as float32 [K, n, rows, C]."""
+        product = torch.bmm(tiles.flatten(0, 1), columns).to(torch.float32)
+        return product.view(*tiles.shape[:2], *product.shape[1:])
 
     def _tile(self, queries: Tensor, plan: AttentionPlan) -> Tensor:
-        """Arrange queries as [tiles, K, rows, D], rows padded with zeros."""
+        """Arrange queries as [K, tiles, rows, D], rows padded with zeros."""
         width, group, dim = self._tile_positions, self._group, self._head_dim
         tiles = queries.index_select(0, plan.query_tokens) * self._scale
-        tiles = tiles.view(-1, width, self._num_kv_heads, group, dim).transpose(1, 2)
-        tiles = tiles.reshape(-1, self._num_kv_heads, width * group, dim)
+        tiles = tiles.view(-1, width, self._num_kv_heads, group, dim).permute(2, 0, 1, 3, 4)
+        tiles = tiles.reshape(self._num_kv_heads, -1, width * group, dim)
         return torch.nn.functional.pad(tiles, (0, 0, 0, self._num_rows - width * group))
 
     def _untile(self, output: Tensor, plan: AttentionPlan) -> Tensor:
-        """Bring [tiles, K, rows, D] back to [T, H, D]."""
+        """Bring [K, tiles, rows, D] back to [T, H, D]."""
         width, group, dim = self._tile_positions, self._group, self._head_dim
-        output = output[:, :, : width * group].reshape(-1, self._num_kv_heads, width, group, dim)
-        output = output.transpose(1, 2).reshape(-1, self._num_kv_heads * group, dim)
+        output = output[:, :, : width * group].reshape(self._num_kv_heads, -1, width, group, dim)
+        output = output.permute(1, 2, 0, 3, 4).reshape(-1, self._num_kv_heads * group, dim)
         return output.index_select(0, plan.token_rows)
-
-    def _gather(self, layer: int, block: _KeyBlock) -> tuple[Tensor, Tensor]:
-        keys, values = self._pool.read(layer, block.slots)
-        shape = (self._num_kv_heads, block.num_tiles, KEY_BLOCK, self._head_dim)
-        return keys.view(shape).transpose(0, 1), values.view(shape).transpose(0, 1)

@@ -14,22 +14,23 @@ import torch
 from torch import Tensor
 
 from model.sampling.ranking import best
-from model.sampling.transfer import upload, upload_ids
 from model.step import SamplingParams
+from model.transfer import upload, upload_ids
 
 WEIGHT_BITS = 35
-LOG2_E = math.log2(math.e)
 _SHORTLIST = 1024  # candidates that are put in order before all are
 _TILE_SIZE = 1 << 18  # logits worked on at once: their temporaries stay in the CPU's cache
 
 
 def weigh(logits: Tensor, largest: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return log2 of each probability over the row's largest, and its weight in int64.
+    """Return the logarithm of each probability over the row's largest, and its weight in int64.
 
-    `largest` [N, 1] is the row's largest logit, `scale` [N, 1] log2(e) / temperature.
+    `largest` [N, 1] is the row's largest logit, `scale` [N, 1] 1 / temperature. With `exp`, not
+    `exp2`: torch's `exp2` rounds differently in the few elements that a vectorised loop leaves
+    over, so that a weight would depend on where its row lies in the batch.
     """
     exponents = (logits - largest).mul_(scale)
-    return exponents, torch.exp2(exponents).mul_(float(1 << WEIGHT_BITS)).long()
+    return exponents, torch.exp(exponents).mul_(float(1 << WEIGHT_BITS)).long()
 
 
 def draw(
@@ -75,8 +76,8 @@ def draw(
 class _Filters:
     """The parameters of some rows as columns on the device, and their uniforms."""
 
-    scales: Tensor  # [N, 1] log2(e) / temperature
-    min_exponents: Tensor  # [N, 1] log2(min_p)
+    scales: Tensor  # [N, 1] 1 / temperature
+    min_exponents: Tensor  # [N, 1] log(min_p)
     top_ks: Tensor  # [N, 1] int64; V where off
     top_ps: Tensor  # [N, 1] float64
     uniforms: Tensor  # [N, 1] float64
@@ -87,8 +88,8 @@ class _Filters:
         cls, sampling: Sequence[SamplingParams], uniforms: Tensor, vocab_size: int
     ) -> "_Filters":
         # The bounds keep 0 * inf out of the exponents, whatever the temperature.
-        scales = [min(max(LOG2_E / s.temperature, 1e-37), 1e37) for s in sampling]
-        min_exponents = [math.log2(s.min_p) if s.min_p > 0 else -math.inf for s in sampling]
+        scales = [min(max(1.0 / s.temperature, 1e-37), 1e37) for s in sampling]
+        min_exponents = [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in sampling]
         top_ks = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in sampling]
         top_ps = [s.top_p for s in sampling]
         device = uniforms.device

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from model.sampling.transfer import upload, upload_ids
 from model.step import SamplingParams
+from model.transfer import upload, upload_ids
 
 _FORBIDDEN = float("-inf")
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.sampling.distribution import LOG2_E, WEIGHT_BITS, weigh
+from model.sampling.distribution import WEIGHT_BITS, weigh
 from model.sampling.ranking import best
 from model.step import TokenLogprobs
+from model.transfer import download
 
 _TILE_SIZE = 1 << 18  # logits worked on at once
 
@@ -25,13 +26,13 @@ class ChosenLogprobs:
     top_ids: Tensor  # [N, k] int64
     top_logprobs: Tensor  # [N, k] float32
 
-    def cpu(self) -> "ChosenLogprobs":
-        """Return copies in host memory; waits for the device."""
+    def download(self) -> "ChosenLogprobs":
+        """Return copies in host memory, there once the device has come this far."""
         return ChosenLogprobs(
-            logprobs=self.logprobs.cpu(),
-            ranks=self.ranks.cpu(),
-            top_ids=self.top_ids.cpu(),
-            top_logprobs=self.top_logprobs.cpu(),
+            logprobs=download(self.logprobs),
+            ranks=download(self.ranks),
+            top_ids=download(self.top_ids),
+            top_logprobs=download(self.top_logprobs),
         )
 
 
@@ -59,7 +60,7 @@ def chosen_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLo
 def to_token_logprobs(
     chosen: ChosenLogprobs, index: int, token_id: int, num_top: int
 ) -> TokenLogprobs:
-    """Return one row of what `ChosenLogprobs.cpu()` gave, with its first `num_top` alternatives."""
+    """Return one row of what `download` gave, with its first `num_top` alternatives."""
     return TokenLogprobs(
         token_id=token_id,
         logprob=float(chosen.logprobs[index]),
@@ -71,7 +72,7 @@ def to_token_logprobs(
 
 def _report(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLogprobs:
     largest = logits.amax(-1, keepdim=True)
-    _, weights = weigh(logits, largest, LOG2_E)
+    _, weights = weigh(logits, largest, 1.0)
     log_total = weights.sum(-1, keepdim=True).double().log() - WEIGHT_BITS * math.log(2)
 
     def logprobs(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from model.sampling.edits import SampleRow, edit_logits
 from model.sampling.logprobs import ChosenLogprobs, chosen_logprobs
 from model.sampling.philox import uniforms
 from model.sampling.ranking import first_max
-from model.sampling.transfer import upload_ids
+from model.transfer import download, send, upload_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,14 @@ class Sampled:
     token_ids: Tensor  # [N] int64
     is_broken: Tensor  # [N] bool: NaN or +inf in the logits, or no id allowed; its token is 0
     logprobs: ChosenLogprobs | None  # of all rows, if any asks; 0 in those that do not
+
+    def download(self) -> "Sampled":
+        """Return copies in host memory, there once the device has come this far."""
+        return Sampled(
+            token_ids=download(self.token_ids),
+            is_broken=download(self.is_broken),
+            logprobs=None if self.logprobs is None else self.logprobs.download(),
+        )
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
@@ -59,7 +67,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
 def _uniforms(rows: Sequence[SampleRow], device: torch.device) -> Tensor:
     seeds = [row.sampling.seed for row in rows]
     choices = [row.sampling.choice for row in rows]
-    return uniforms(seeds, choices, [row.position for row in rows]).to(device, non_blocking=True)
+    numbers = uniforms(seeds, choices, [row.position for row in rows])
+    return send(numbers, device)
 
 
 def _choose(

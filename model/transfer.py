@@ -1,0 +1,36 @@
+"""Values on their way between host and device, without waiting for the device.
+
+A copy from or to ordinary host memory waits until the device has run everything queued before
+it, and a step could then not be launched while another runs. From and to pinned memory it does
+not. On a CPU nothing is copied.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor's values on the device, queued behind the device's work."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor [N] of the values, queued behind the device's work."""
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def upload_ids(ids: Sequence[int], device: torch.device) -> Tensor:
+    """Return an int64 tensor [N] of the ids or indices, queued behind the device's work."""
+    return upload(ids, torch.int64, device)
+
+
+def download(values: Tensor) -> Tensor:
+    """Return the values in host memory; they are there once the device has come this far."""
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
