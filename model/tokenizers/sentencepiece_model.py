@@ -59,7 +59,6 @@ class PlainSentencePiece:
 
     def encode(self, text: str, *, is_start: bool) -> list[int]:
         processor = self._first if is_start or self._prefixes_always else self._later()
-        # The library ends a text at a null byte; it is the byte piece 0 or unknown.
         ids: list[int] = processor.encode(text)
         return ids
 

@@ -62,6 +62,9 @@ class VocabularyTokenizer:
         self._encode_whole = encode_whole
         self._added = {token.text: token for token in added_tokens if token.text}
         self._finder = _finder(self._added.values())
+        self._found_ids = {
+            self._finder.token_to_id(token.text): token.id for token in self._added.values()
+        }
         size = max([len(token_bytes), *(token.id + 1 for token in self._added.values())])
         self._bytes = [*token_bytes, *(b"" for _ in range(size - len(token_bytes)))]
         for token in self._added.values():
@@ -143,8 +146,8 @@ class VocabularyTokenizer:
             run = []
             if stretch and self._added:
                 found = self._finder.encode(stretch, add_special_tokens=False)
-                for text, (start, end) in zip(found.tokens, found.offsets, strict=True):
-                    yield at + start, at + end, self._added[text].id
+                for finder_id, (start, end) in zip(found.ids, found.offsets, strict=True):
+                    yield at + start, at + end, self._found_ids[finder_id]
             at += len(stretch) + len(piece)
 
 
