@@ -9,7 +9,8 @@ import random
 import pytest
 import torch
 
-from model.layers.linear import ROW_TILE, Linear
+from model.layers.activation import swiglu
+from model.layers.linear import ROW_TILE, Linear, choose_tile_sizes
 from tests.model.drive import BLOCK_SIZE, Schedule, load_network, logits_alone
 from tests.toy import write_toy_checkpoint
 
@@ -28,6 +29,12 @@ SHAPES = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
         "head_dim": 32,
+    },
+    "one group, wide heads": {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "intermediate_size": 173,
     },
 }
 
@@ -133,18 +140,57 @@ def test_what_a_freed_block_held_does_not_show(model):
     ("num_inputs", "num_outputs"),
     [(576, 960), (1536, 576), (2048, 5632), (5632, 2048), (64, 172), (172, 64), (100, 37)],
 )
-def test_rows_of_a_product_do_not_depend_on_their_company(num_inputs, num_outputs, num_threads):
+def test_rows_of_a_product_do_not_depend_on_their_company(
+    num_inputs, num_outputs, num_threads, full
+):
+    num_rows = 2048 if full or num_inputs * num_outputs < 1e6 else 256
     generator = torch.Generator().manual_seed(num_inputs)
     weight = torch.randn(num_outputs, num_inputs, generator=generator)
-    x = torch.randn(256, num_inputs, generator=generator)
+    x = torch.randn(num_rows, num_inputs, generator=generator)
+    in_small_tiles = Linear(weight)
     layer = Linear(weight)
     torch.set_num_threads(2)
-    expected = layer(x)
+    choose_tile_sizes([layer])
+    expected = in_small_tiles(x)
     torch.set_num_threads(num_threads)
-    order = torch.randperm(256, generator=generator)
-    for count in (16, 64, 256):
+    order = torch.randperm(num_rows, generator=generator)
+    for count in (16, 32, 48, 144, num_rows):
         rows = order[:count]
         assert torch.equal(layer(x[rows]), expected[rows])
     alone = torch.zeros(ROW_TILE, num_inputs)
     alone[5] = x[17]
     assert torch.equal(layer(alone)[5], expected[17])
+
+
+def test_larger_tile_with_other_bits_is_not_used(monkeypatch):
+    def product(x, weight):
+        return x @ weight.T * (1.0 + 1e-6 * (x.shape[0] == 128))
+
+    monkeypatch.setattr("model.layers.linear._tile_product", product)
+    layer = Linear(torch.ones(8, 8))
+    choose_tile_sizes([layer])
+    assert 128 not in layer.tile_sizes
+    assert layer.tile_sizes[-1] == ROW_TILE
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_activation_of_a_number_does_not_depend_on_where_it_stands(num_threads):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 2 * 1999, generator=generator) * 4
+    torch.set_num_threads(num_threads)
+    expected = torch.cat([swiglu(values[:, [i, i + 1999]]) for i in range(1999)], dim=1)
+    for num_rows in (1, 3, 16, 48, 112):
+        assert torch.equal(swiglu(values.repeat(num_rows, 1)), expected.repeat(num_rows, 1))
+
+
+def test_bfloat16_logits_are_the_same_in_any_company_and_any_chunks(tmp_path):
+    folder = write_toy_checkpoint(tmp_path, max_position_embeddings=512)
+    config, network = load_network(folder, torch.bfloat16)
+    rng = random.Random(4)
+    prompts = [random_ids(rng, config, rng.choice([1, 5, 40, 150])) for _ in range(5)]
+    schedule = Schedule(config, network)
+    walks = [schedule.add(prompt) for prompt in prompts]
+    walk_through(schedule, walks, rng, largest=130)
+    for walk in walks:
+        alone = logits_alone(config, network, walk.token_ids)
+        assert torch.equal(torch.stack(walk.logits), alone)

@@ -159,9 +159,17 @@ def test_prompt_logprobs_are_those_of_the_same_tokens_in_any_chunks(checkpoint):
     assert all(len(entry.top_ids) == 3 for entry in entries[0])
 
 
-def test_drafts_are_accepted_up_to_the_first_wrong_one(checkpoint):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        SamplingParams(temperature=1.0, seed=3, max_tokens=12),
+        SamplingParams(temperature=0.9, top_p=0.9, repetition_penalty=1.3, seed=4, max_tokens=12),
+    ],
+)
+def test_drafts_are_accepted_up_to_the_first_wrong_one(checkpoint, sampling):
     prompt = [5, 6, 7, 8]
-    right = tokens(serve(make_runner(checkpoint), [request("a", prompt)])[0]["a", 0])
+    right = tokens(serve(make_runner(checkpoint), [request("a", prompt, sampling)])[0]["a", 0])
     drafts = (right[1], right[2], (right[3] + 1) % checkpoint.config.vocab_size, 9)
     runner = make_runner(checkpoint)
 
@@ -169,7 +177,7 @@ def test_drafts_are_accepted_up_to_the_first_wrong_one(checkpoint):
         plan = StepPlan(step_id=number, added=added, rows=(row,))
         return runner.collect(runner.launch(plan, lambda buffers: None)).rows[0]
 
-    new = NewRow(row=0, token_ids=tuple(prompt), num_prompt_tokens=4, sampling=GREEDY)
+    new = NewRow(row=0, token_ids=tuple(prompt), num_prompt_tokens=4, sampling=sampling)
     first = PlanRow(
         row=0, start=0, num_tokens=4, new_block_ids=(0, 1, 2), logits_from=3, sample=True
     )
@@ -191,7 +199,7 @@ def test_mask_filled_by_a_constraint_decides_what_is_sampled(checkpoint):
     seen = []
 
     def fill(buffers):
-        words = buffers[0].cast("B").cast("I")
+        words = buffers[0]
         seen.append(all(word == 0xFFFFFFFF for word in words))
         for index in range(len(words)):
             words[index] = 0
@@ -229,3 +237,44 @@ def test_row_without_finite_logits_reports_an_error_and_its_neighbour_does_not(c
     assert results[0].error
     assert results[0].token_ids == ()
     assert results[1].token_ids == (expected,)
+
+
+def test_plan_that_only_removes_gives_an_empty_result(checkpoint):
+    runner = make_runner(checkpoint)
+    plan = StepPlan(step_id=7, removed=(2, 5))
+    result = runner.collect(runner.launch(plan, lambda buffers: None))
+    assert result.step_id == 7
+    assert result.rows == ()
+
+
+def test_step_launched_before_the_last_is_collected_reads_its_token_from_the_log(checkpoint):
+    prompt = [5, 6, 7, 8]
+    right = tokens(serve(make_runner(checkpoint), [request("a", prompt)])[0]["a", 0])
+    runner = make_runner(checkpoint, max_inflight=2)
+    new = NewRow(row=0, token_ids=tuple(prompt), num_prompt_tokens=4, sampling=GREEDY)
+    row = PlanRow(
+        row=0, start=0, num_tokens=4, new_block_ids=(0, 1, 2, 3), logits_from=3, sample=True
+    )
+    handles = [runner.launch(StepPlan(step_id=0, added=(new,), rows=(row,)), lambda buffers: None)]
+    got = []
+    for start in range(4, 4 + len(right) - 1):
+        row = PlanRow(row=0, start=start, num_tokens=1, logits_from=start, sample=True)
+        plan = StepPlan(step_id=start, rows=(row,))
+        handles.append(runner.launch(plan, lambda buffers: None))
+        got.extend(runner.collect(handles.pop(0)).rows[0].token_ids)
+    got.extend(runner.collect(handles.pop(0)).rows[0].token_ids)
+    assert got == right
+
+
+def test_prompt_without_finite_logits_is_an_error_before_anything_is_sampled(checkpoint):
+    runner = make_runner(checkpoint)
+    sampling = SamplingParams(temperature=0.0, prompt_logprobs=1)
+    new = NewRow(row=0, token_ids=(1, 2, 3, 4), num_prompt_tokens=4, sampling=sampling)
+    row = PlanRow(row=0, start=0, num_tokens=2, new_block_ids=(0,), logits_from=0, sample=False)
+    network = runner._network
+    original = network.compute_logits
+    network.compute_logits = lambda hidden: original(hidden) * torch.nan
+    plan = StepPlan(step_id=0, added=(new,), rows=(row,))
+    result = runner.collect(runner.launch(plan, lambda buffers: None)).rows[0]
+    assert result.error
+    assert result.prompt_logprobs == ()
