@@ -20,7 +20,7 @@ import jinja2.sandbox
 from app.errors import InvalidRequest
 from app.text.marks import AddedTokenSpans, Marks, cut, marked, pick_marks
 from model.errors import TokenizerError
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, UnencodableText
 
 Message = Mapping[str, object]
 
@@ -85,8 +85,8 @@ class ChatTemplate:
         if continue_final_message:
             _mark_end(chat, marks)
         names: dict[str, object] = {
-            **self._special_tokens,
             **variables,
+            **self._special_tokens,
             "messages": chat,
             "tools": tool_list,
             "documents": None,
@@ -135,7 +135,10 @@ def encode_chat(
         kwargs=kwargs,
         parse_special_content=parse_special_content,
     )
-    return tokenizer.encode_segments(segments)
+    try:
+        return tokenizer.encode_segments(segments)
+    except UnencodableText as error:
+        raise InvalidRequest(f"messages: {error}", param="messages") from error
 
 
 def end_of_turn_ids(template_source: str, tokenizer: Tokenizer) -> tuple[int, ...]:

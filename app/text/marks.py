@@ -4,7 +4,8 @@ A template is a program that rearranges strings, so what came from the request i
 it runs and found again after. Only spans that could be, begin or end an added token are put
 between two private-use characters, so that ordinary text reaches the template as it is and its
 `trim`, `in` and `split` work; two characters that occur nowhere in the request are picked anew
-for each. What is left of a pair that the template tore apart still parts the text there.
+for each. What is left of a pair that the template tore apart still parts the text there. Out of
+reach: a template that rewrites the inside of a string (`replace`, `upper`) into a control token.
 """
 
 import re

@@ -22,6 +22,7 @@ from model.tokenizers.sentencepiece_model import (
 )
 from model.tokenizers.tiktoken_ranks import looks_like_ranks, tokenizer_from_ranks
 from model.tokenizers.vocabulary import (
+    MAX_TOKENS,
     AddedToken,
     TokenizerFacts,
     VocabularyTokenizer,
@@ -96,27 +97,35 @@ class _Beside:
         adds_bos = config.get("add_bos_token")
         return cls(
             texts=texts,
-            added=_added_tokens(config, str(folder / "tokenizer_config.json")),
+            added=_added_tokens(folder, config),
             chat_template=_chat_template(folder, config),
             adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
             legacy=config.get("legacy") is not False,
         )
 
 
-def _added_tokens(config: Mapping[str, object], where: str) -> tuple[AddedToken, ...]:
+def _added_tokens(folder: Path, config: Mapping[str, object]) -> tuple[AddedToken, ...]:
+    """Read added_tokens_decoder, and added_tokens.json, its older form without flags."""
+    found: dict[str, AddedToken] = {}
+    for text, token_id in _optional_json(folder / "added_tokens.json").items():
+        found[text] = AddedToken(id=_added_id(token_id, folder), text=text, special=False)
     entries = config.get("added_tokens_decoder")
-    if not isinstance(entries, dict):
-        return ()
-    found = []
-    for key, entry in entries.items():
-        text = entry.get("content") if isinstance(entry, dict) else None
-        if not key.isdecimal() or not isinstance(text, str):
-            raise TokenizerError(f"{where}: added_tokens_decoder holds {shown(key)}: no token")
+    for key, entry in entries.items() if isinstance(entries, dict) else ():
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(content, str):
+            raise TokenizerError(f"{folder}: added_tokens_decoder holds {shown(key)}: no token")
         flags = {
             name: entry.get(name) is True for name in ("special", "lstrip", "rstrip", "single_word")
         }
-        found.append(AddedToken(id=int(key), text=text, **flags))
-    return tuple(sorted(found, key=lambda token: token.id))
+        token_id = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else key
+        found[content] = AddedToken(id=_added_id(token_id, folder), text=content, **flags)
+    return tuple(sorted(found.values(), key=lambda token: token.id))
+
+
+def _added_id(value: object, folder: Path) -> int:
+    if type(value) is not int or not 0 <= value < MAX_TOKENS:
+        raise TokenizerError(f"{folder}: an added token has the id {shown(value)}")
+    return value
 
 
 def _chat_template(folder: Path, config: Mapping[str, object]) -> str | None:

@@ -14,6 +14,8 @@ import tokenizers
 from model.errors import TokenizerError
 from model.tokenizer import UnencodableText
 
+MAX_TOKENS = 2**24  # more than any vocabulary: an id in a file is no reason to allocate
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
@@ -220,7 +222,7 @@ def piece_bytes(piece: str, has_byte_pieces: bool) -> bytes:
 def by_id(vocab: Mapping[str, int], where: str) -> list[str]:
     """Order a vocabulary by id; ids without a token get an empty text. Raises TokenizerError."""
     ids = sorted(vocab.values())
-    if not ids or ids[0] < 0 or ids[-1] >= 2**24:
+    if not ids or ids[0] < 0 or ids[-1] >= MAX_TOKENS:
         raise TokenizerError(f"{where}: the vocabulary is empty or its ids are out of range")
     tokens = [""] * (ids[-1] + 1)
     for token, token_id in vocab.items():

@@ -460,3 +460,33 @@ def test_an_added_token_with_another_id_in_the_config_is_refused(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(TokenizerError, match="but id 7"):
         load_tokenizer(tmp_path)
+
+
+def test_added_tokens_beside_a_sentencepiece_model_count(stories260k: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((stories260k / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 512}')
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("hi<|im_end|>", add_special_tokens=False)
+    assert ids[-1] == 512
+    assert tokenizer.token_bytes(512) == b"<|im_end|>"
+    assert tokenizer.vocab_size == 513
+
+
+def test_an_added_token_with_an_absurd_id_is_refused(stories260k: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((stories260k / "tokenizer.model").read_bytes())
+    (tmp_path / "added_tokens.json").write_text('{"x": 999999999999}')
+    with pytest.raises(TokenizerError, match="has the id 999999999999"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_of_vocabulary_and_merges_goes_through_transformers(tmp_path: Path) -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "he", "<|endoftext|>"]
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("he said", add_special_tokens=False)
+    assert ids[0] == vocab["he"]
+    assert joined(tokenizer, ids) == b"he said"

@@ -283,6 +283,15 @@ def test_template_variables_may_not_replace_the_conversation(loaded: dict[str, A
         template.render([], kwargs={"messages": []})
 
 
+def test_template_variables_may_not_take_the_place_of_special_tokens(
+    loaded: dict[str, Any],
+) -> None:
+    tokenizer, template = loaded["llama3"]
+    messages = [{"role": "user", "content": "x"}]
+    ids = encode_chat(tokenizer, template, messages, kwargs={"bos_token": ""})
+    assert ids[0] == tokenizer.bos_token_id
+
+
 def test_generation_blocks_and_loop_controls_are_understood(loaded: dict[str, Any]) -> None:
     source = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
@@ -296,7 +305,7 @@ def test_generation_blocks_and_loop_controls_are_understood(loaded: dict[str, An
 
 def test_half_a_surrogate_pair_is_refused_and_not_a_crash(loaded: dict[str, Any]) -> None:
     tokenizer, template = loaded["chatml"]
-    with pytest.raises(ValueError, match="surrogate"):
+    with pytest.raises(InvalidRequest, match="surrogate"):
         encode_chat(tokenizer, template, [{"role": "user", "content": "a\ud800"}])
 
 
