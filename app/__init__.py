@@ -1,1 +1,1 @@
-"""The service around the model: policy, text, protocol, use cases, HTTP (see docs/architecture.md)."""
+"""The service around the model: policy, text, protocol, use cases, HTTP."""

@@ -104,6 +104,19 @@ class EngineClient(Protocol):
         """False once the worker has died; it does not come back."""
         ...
 
+    @property
+    def is_draining(self) -> bool:
+        """True once no more requests are taken."""
+        ...
+
+    def start(self) -> None:
+        """Begin to work; outputs are delivered on the event loop that runs now."""
+        ...
+
+    async def shutdown(self) -> None:
+        """End what is left with an error and stop working."""
+        ...
+
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, wait for the running ones, then end the rest with an error."""
         ...

@@ -1,0 +1,1 @@
+"""HTTP: routes, middleware, errors, server-sent events. Knows nothing of scheduling or tensors."""

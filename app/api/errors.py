@@ -1,0 +1,54 @@
+"""Every failure in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+import math
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from app.errors import MethodNotAllowed, NotFound, ServiceError, Unavailable
+
+
+def error_body(error: ServiceError) -> dict[str, object]:
+    """Return the JSON of an error."""
+    fields = {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+    return {"error": fields}
+
+
+def error_response(error: ServiceError) -> JSONResponse:
+    """Return the response of an error; a client may retry only what is worth it."""
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers = {
+            "retry-after": str(math.ceil(error.retry_after_s)),
+            "retry-after-ms": str(int(error.retry_after_s * 1000)),
+        }
+    headers["x-should-retry"] = "true" if isinstance(error, Unavailable) else "false"
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+async def on_service_error(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+    assert isinstance(error, ServiceError)
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Answer what the router refuses: an unknown path or a wrong method."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"][:100]
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"{request.method} is not allowed on {path}."))
+        response.headers.update(error.headers or {})
+        return response
+    if error.status_code == 404:
+        return error_response(NotFound(f"Unknown path: {path}."))
+    failure = ServiceError(str(error.detail))
+    failure.status = error.status_code
+    return error_response(failure)

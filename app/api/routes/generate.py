@@ -1,0 +1,50 @@
+"""POST /v1/completions and POST /v1/chat/completions."""
+
+import uuid
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api.body import ignored_header, read_body
+from app.api.sse import respond
+from app.protocol.chat import ChatRequest
+from app.protocol.common import WireModel
+from app.protocol.completions import CompletionRequest
+from app.serving.chat import start_chat
+from app.serving.completions import start_completion
+from app.serving.context import ServingContext
+
+
+def described_by(model: type[WireModel]) -> dict[str, object]:
+    """Return what OpenAPI shows of a body that is read by hand."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
+    """Return the routes that generate text."""
+    router = APIRouter(redirect_slashes=False)
+
+    @router.post("/v1/completions", openapi_extra=described_by(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, CompletionRequest, max_bytes)
+        headers = ignored_header(body)
+        answer = await start_completion(context, body, _unique_id(request))
+        return await respond(request, answer, stream=bool(body.stream), headers=headers)
+
+    @router.post("/v1/chat/completions", openapi_extra=described_by(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, ChatRequest, max_bytes)
+        headers = ignored_header(body)
+        answer = await start_chat(context, body, _unique_id(request))
+        return await respond(request, answer, stream=bool(body.stream), headers=headers)
+
+    return router
+
+
+def _unique_id(request: Request) -> str:
+    """Make the engine's id of a request: two clients may send the same X-Request-Id at once."""
+    name: str = request.state.request_id
+    return f"{name[:64]}-{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,85 @@
+"""Models, tokenizing, health, metrics, version: what is asked about the server."""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from app.api.body import ignored_header, read_body
+from app.api.routes.generate import described_by
+from app.engine.client import EngineClient
+from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from app.serving.context import ServingContext
+from app.serving.models import get_model, list_models
+from app.serving.tokenize import detokenize, tokenize
+
+STUCK_AFTER_S = 30.0  # without a sign of life from the step loop
+
+
+def info_routes(context: ServingContext, max_bytes: int) -> APIRouter:
+    """Return the routes that tell about the model."""
+    router = APIRouter(redirect_slashes=False)
+
+    @router.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse(list_models(context))
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> JSONResponse:
+        return JSONResponse(get_model(context, name))
+
+    @router.post("/tokenize", openapi_extra=described_by(TokenizeRequest))
+    async def tokenize_route(request: Request) -> JSONResponse:
+        body = await read_body(request, TokenizeRequest, max_bytes)
+        headers = ignored_header(body)
+        return JSONResponse(await tokenize(context, body), headers=headers)
+
+    @router.post("/detokenize", openapi_extra=described_by(DetokenizeRequest))
+    async def detokenize_route(request: Request) -> JSONResponse:
+        body = await read_body(request, DetokenizeRequest, max_bytes)
+        headers = ignored_header(body)
+        return JSONResponse(detokenize(context, body), headers=headers)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(context.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/version")
+    async def show_version() -> JSONResponse:
+        return JSONResponse({"version": own_version()})
+
+    return router
+
+
+def health_routes(engine: EngineClient, is_draining: Callable[[], bool]) -> APIRouter:
+    """Return the probes: alive hangs on the step loop's heartbeat, ready on taking requests."""
+    router = APIRouter(redirect_slashes=False)
+
+    def is_live() -> bool:
+        return engine.is_alive and engine.heartbeat_age_s() < STUCK_AFTER_S
+
+    def report(is_good: bool, good: str, bad: str) -> JSONResponse:
+        return JSONResponse({"status": good if is_good else bad}, 200 if is_good else 503)
+
+    @router.api_route("/health/live", methods=["GET", "HEAD"])
+    async def live() -> JSONResponse:
+        return report(is_live(), "alive", "stuck")
+
+    @router.api_route("/health/ready", methods=["GET", "HEAD"])
+    async def ready() -> JSONResponse:
+        return report(is_live() and not is_draining(), "ready", "not ready")
+
+    @router.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> JSONResponse:
+        return report(is_live() and not is_draining(), "ok", "not ok")
+
+    return router
+
+
+def own_version() -> str:
+    try:
+        return version("arriero")
+    except PackageNotFoundError:
+        return "unknown"

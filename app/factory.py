@@ -1,0 +1,42 @@
+"""Puts the HTTP application together; loads nothing, starts nothing but the engine's thread."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from app.api.errors import on_http_exception, on_service_error
+from app.api.middleware import Gate
+from app.api.routes.generate import generate_routes
+from app.api.routes.info import health_routes, info_routes, own_version
+from app.errors import ServiceError
+from app.serving.context import ServingContext
+from app.settings import ServerSettings
+
+
+def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
+    """Return the application over a context; its engine lives as long as the application."""
+    engine = context.engine
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
+        engine.start()
+        yield
+        await engine.shutdown()
+
+    app = FastAPI(
+        title="arriero",
+        version=own_version(),
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    app.add_exception_handler(ServiceError, on_service_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.include_router(generate_routes(context, settings.max_request_bytes))
+    app.include_router(info_routes(context, settings.max_request_bytes))
+    app.include_router(health_routes(engine, lambda: engine.is_draining))
+    app.add_middleware(Gate, api_keys=settings.api_keys)
+    return app

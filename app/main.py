@@ -1,0 +1,186 @@
+"""Runs the server: bind, load, serve, drain. The wiring that `arriero serve` stands on."""
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+from tqdm import tqdm
+
+from app.cli import Command
+from app.engine.engine import Engine, EngineOptions
+from app.factory import create_app
+from app.serving.context import ServingContext
+from app.serving.metrics import RequestMetrics
+from app.settings import ServerSettings
+from app.text.chat_template import ChatTemplate, end_of_turn_ids
+from model.errors import ConfigError
+from model.loader import LoadedModel, ModelInfo, Progress, inspect_model, load_model
+
+logger = logging.getLogger("arriero")
+
+CLOSE_TIMEOUT_S = 5  # for clients to read their last event
+
+
+def describe(command: Command) -> int:
+    """Print what would be loaded."""
+    for line in plan_lines(inspect_model(command.load)):
+        sys.stdout.write(line + "\n")
+    return 0
+
+
+def serve(command: Command) -> int:
+    """Serve until told to stop; returns the exit code."""
+    started_s = time.monotonic()
+    settings = command.server
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Bound before the weights are read: a port that is taken is no news after a minute.
+    listener = _bind(settings)
+    loaded = load_model(command.load, _progress_bar())
+    context = make_context(command, loaded)
+    app = create_app(context, settings)
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=settings.log_level == "debug",
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
+        root_path=settings.root_path,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+    )
+    for line in plan_lines(loaded.info):
+        logger.info("%s", line)
+    _log_ready(listener, settings, context, time.monotonic() - started_s)
+    server = _Server(config, context, settings.shutdown_timeout_s)
+    server.run(sockets=[listener])
+    return 0 if context.engine.is_draining else 1
+
+
+def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
+    """Put together what the use cases need. Raises ConfigError for a bad chat template."""
+    info, tokenizer = loaded.info, loaded.tokenizer
+    source = tokenizer.chat_template
+    if command.chat_template is not None:
+        try:
+            source = command.chat_template.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {command.chat_template}: {error}") from error
+    template = None
+    ends = {*info.eos_token_ids, *tokenizer.eos_token_ids}
+    if source is not None:
+        template = ChatTemplate(
+            source,
+            special_tokens=tokenizer.special_token_texts,
+            added_tokens=tokenizer.added_tokens,
+        )
+        ends.update(end_of_turn_ids(source, tokenizer))
+    options = EngineOptions(enable_prefix_caching=command.enable_prefix_caching)
+    engine = Engine(loaded.runner, options)
+    return ServingContext(
+        engine=engine,
+        tokenizer=tokenizer,
+        chat_template=template,
+        model_names=command.served_model_names,
+        max_model_len=info.plan.max_model_len,
+        vocab_size=info.config.vocab_size,
+        defaults=info.generation,
+        eos_token_ids=frozenset(ends),
+        system_fingerprint=info.fingerprint,
+        metrics=RequestMetrics(command.served_model_names[0], engine.stats),
+    )
+
+
+def plan_lines(info: ModelInfo) -> list[str]:
+    """Say in a few lines what is loaded and where the bytes go."""
+    config, plan = info.config, info.plan
+
+    def mib(num_bytes: int) -> str:
+        return f"{num_bytes / 2**20:,.0f} MiB"
+
+    return [
+        f"model {info.source} ({info.load_format}), {config.num_parameters / 1e6:,.1f} M "
+        f"parameters, {info.dtype} on {plan.device}",
+        f"memory: weights {mib(plan.weights_bytes)}, K/V {mib(plan.kv_cache_bytes)} "
+        f"({plan.num_blocks} blocks of {plan.block_size} tokens, {plan.kv_bytes_per_token} bytes "
+        f"a token), work space {mib(plan.workspace_bytes)}",
+        f"limits: context {plan.max_model_len} tokens, {plan.max_num_seqs} sequences, "
+        f"{plan.max_num_batched_tokens} tokens a step",
+    ]
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that drains: on a signal it stops being ready, then waits, then says so."""
+
+    def __init__(
+        self, config: uvicorn.Config, context: ServingContext, drain_timeout_s: float
+    ) -> None:
+        super().__init__(config)
+        self._context = context
+        self._drain_timeout_s = drain_timeout_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Stop at the first signal, leave at once at the second; neither is an error."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running requests finish before connections are closed."""
+        draining = asyncio.ensure_future(self._context.engine.drain(self._drain_timeout_s))
+        while not draining.done() and not self.force_exit:
+            await asyncio.wait({draining}, timeout=0.1)
+        draining.cancel()
+        await super().shutdown(sockets)
+
+
+def _bind(settings: ServerSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error}") from error
+    return listener
+
+
+def _progress_bar() -> Progress | None:
+    """Return what draws a bar while weights load, if anybody is there to see it."""
+    if not sys.stderr.isatty():
+        return None
+    bar = tqdm(unit="B", unit_scale=True, desc="loading", leave=False)
+
+    def progress(num_done: int, num_all: int) -> None:
+        bar.total = num_all
+        bar.update(num_done - bar.n)
+        if num_done >= num_all:
+            bar.close()
+
+    return progress
+
+
+def _log_ready(
+    listener: socket.socket, settings: ServerSettings, context: ServingContext, seconds: float
+) -> None:
+    scheme = "https" if settings.ssl_certfile else "http"
+    host, port = listener.getsockname()[:2]
+    url = f"{scheme}://{host}:{port}{settings.root_path}"
+    key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
+    kind, prompt = ("completions", '"prompt": "Once upon a time"')
+    if context.chat_template is not None:
+        kind, prompt = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
+    logger.info("serving %s on %s, %.1f s after start", context.model_names[0], url, seconds)
+    logger.info(
+        "try: curl %s/v1/%s -H 'Content-Type: application/json'%s -d '{%s}'", url, kind, key, prompt
+    )
