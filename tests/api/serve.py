@@ -1,0 +1,55 @@
+"""Clients for tests of the HTTP service: in-process, or a real server on a free port."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import uvicorn
+
+from app.factory import create_app
+from app.settings import ServerSettings
+from tests.fake_engine import FakeEngine, make_context
+
+
+@contextlib.asynccontextmanager
+async def client_of(engine: FakeEngine, **options) -> AsyncIterator[httpx.AsyncClient]:
+    """An in-process client of the whole application."""
+    has_template = options.pop("has_template", True)
+    app = create_app(make_context(engine, has_template=has_template), ServerSettings(**options))
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+def events(text: str) -> list[dict]:
+    """The JSON of a stream's events; it must end with [DONE]."""
+    lines = [line[6:] for line in text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+@contextlib.contextmanager
+def real_server(app) -> Iterator[str]:
+    """Serve an application on a free port of the loopback; yields its URL."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http="h11", log_config=None, ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        host, port = listener.getsockname()
+        while not server.started:
+            assert thread.is_alive()
+            threading.Event().wait(0.01)
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def run(coroutine) -> None:
+    asyncio.run(coroutine)
