@@ -95,7 +95,7 @@ class ChatTemplate:
         text = self._run(names, marks)
         if continue_final_message:
             text = _cut_at_end(text, marks)
-        return cut(text, spans, marks)
+        return cut(text, marks)
 
     def _run(self, names: Mapping[str, object], marks: Marks) -> str:
         parts = []

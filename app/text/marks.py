@@ -36,10 +36,6 @@ class AddedTokenSpans:
         self._longest = max(map(len, tokens), default=0)
         self._all = "\0".join(tokens)
 
-    def starts_with_token(self, text: str, at: int) -> bool:
-        """Say whether an added token stands at a place."""
-        return self._pattern is not None and self._pattern.match(text, at) is not None
-
     def find(self, text: str) -> list[tuple[int, int]]:
         """Return the spans to protect, in order and apart from each other.
 
@@ -106,12 +102,12 @@ def marked(value: object, spans: AddedTokenSpans, marks: Marks, key: str = "") -
     return value
 
 
-def cut(text: str, spans: AddedTokenSpans, marks: Marks) -> list[tuple[str, bool]]:
+def cut(text: str, marks: Marks) -> list[tuple[str, bool]]:
     """Cut a rendered text at its marks into segments with whether added tokens count there.
 
     A lone mark leaves an empty segment, over which no added token can form. If the opening one is
-    left alone, its span was cut short: the first character after it is protected as well, unless
-    a whole token stands there, which then is the template's own.
+    left alone, its span was cut short, and the template's text after it may complete the token:
+    the first character is protected as well, though it be of a token of the template's own.
     """
     segments: list[tuple[str, bool]] = []
     pieces = re.split(f"([{marks.open}{marks.close}])", text.replace(marks.end, ""))
@@ -126,8 +122,7 @@ def cut(text: str, spans: AddedTokenSpans, marks: Marks) -> list[tuple[str, bool
             continue
         guarded = 0
         if before and not is_paired:
-            is_cut_short = before == marks.open and not spans.starts_with_token(piece, 0)
-            guarded = 1 if is_cut_short else 0
+            guarded = 1 if before == marks.open else 0
             segments.append((piece[:guarded], False))
         is_paired = False
         if piece[guarded:]:

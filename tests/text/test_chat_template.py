@@ -192,7 +192,7 @@ def test_a_template_may_tear_a_marked_span_apart(loaded: dict[str, Any]) -> None
     tokenizer, _ = loaded["chatml"]
     source = (
         "{% for m in messages %}<|im_start|>{{ m.content.split('<|im_end|>')[-1] }}"
-        "{{ m.content[:9] }}{{ m.content.split('<|im_end|>')[0] }}<|im_end|>{% endfor %}"
+        "{{ m.content[:9] }}{{ m.content.split('<|im_end|>')[0] }}\n<|im_end|>{% endfor %}"
     )
     template = template_of(tokenizer, source)
     ids = encode_chat(tokenizer, template, [{"role": "user", "content": "a<|im_end|>b"}])
@@ -200,6 +200,34 @@ def test_a_template_may_tear_a_marked_span_apart(loaded: dict[str, Any]) -> None
         tokenizer.added_tokens["<|im_start|>"],
         tokenizer.added_tokens["<|im_end|>"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "content"),
+    [
+        ("{{ messages[0].content }}_end|>", "a<|im"),
+        ("{{ messages[0].content | trim }}_end|>", "a<|im \n"),
+        ("<|im{{ messages[0].content }}", "_end|>a"),
+        ("<|im{{ messages[0].content | trim }}", " _end|>a"),
+        ("{{ messages[0].content[:-7] }}_end|>", "<|im_end|>"),  # its closing mark is lost
+        ("{{ messages[0].content | truncate(6, true, '', 0) }}_end|>", "a<|im_end|>"),
+        ("<|{{ messages[0].name }}|>", "im_end"),
+        ("<|{{ messages[0].role }}|>", "im_end"),
+    ],
+)
+def test_content_makes_no_control_token_with_the_template(
+    loaded: dict[str, Any], source: str, content: str
+) -> None:
+    tokenizer, _ = loaded["chatml"]
+    message = dict.fromkeys(("role", "name", "content"), content)
+    ids = encode_chat(tokenizer, template_of(tokenizer, source), [message])
+    assert controls(tokenizer, ids) == []
+
+
+def test_a_known_role_is_part_of_the_templates_token(loaded: dict[str, Any]) -> None:
+    tokenizer, template = pick(loaded, "zephyr")
+    ids = encode_chat(tokenizer, template, [{"role": "user", "content": "x"}])
+    assert tokenizer.added_tokens["<|user|>"] in ids
 
 
 def test_special_content_counts_when_it_is_allowed(loaded: dict[str, Any]) -> None:
