@@ -18,8 +18,8 @@ from model.step import SamplingParams
 from model.transfer import upload, upload_ids
 
 WEIGHT_BITS = 35
-_SHORTLIST = 1024  # candidates that are put in order before all are
-_TILE_SIZE = 1 << 18  # logits worked on at once: their temporaries stay in the CPU's cache
+_SHORTLIST = 256  # candidates that are put in order before others are looked at
+_BINS_PER_NAT = 1024
 
 
 def weigh(logits: Tensor, largest: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -31,6 +31,15 @@ def weigh(logits: Tensor, largest: Tensor, scale: Tensor | float) -> tuple[Tenso
     """
     exponents = (logits - largest).mul_(scale)
     return exponents, torch.exp(exponents).mul_(float(1 << WEIGHT_BITS)).long()
+
+
+def tile_len(logits: Tensor) -> int:
+    """Return how many rows of logits [N, V] are best worked on at once.
+
+    On a CPU the temporaries shall stay in its cache; elsewhere they shall only not be huge.
+    """
+    size = 1 << 18 if logits.device.type == "cpu" else 1 << 24
+    return max(1, size // logits.shape[1])
 
 
 def draw(
@@ -47,7 +56,7 @@ def draw(
     without a finite largest logit get any valid id.
     """
     vocab_size = logits.shape[1]
-    tile_len = max(1, _TILE_SIZE // vocab_size)
+    num_rows = tile_len(logits)
     whole: list[int] = []
     short: list[int] = []
     long: list[int] = []
@@ -65,8 +74,8 @@ def draw(
         (_draw_from_top_k, long),
         (_draw_from_top_p, nucleus),
     ):
-        for start in range(0, len(members), tile_len):
-            tile = members[start : start + tile_len]
+        for start in range(0, len(members), num_rows):
+            tile = members[start : start + num_rows]
             where = upload_ids(tile, logits.device)
             filters = _Filters.of([sampling[i] for i in tile], uniforms[where], vocab_size)
             token_ids[where] = way(logits[where], largest[where, None], filters)
@@ -82,6 +91,7 @@ class _Filters:
     top_ps: Tensor  # [N, 1] float64
     uniforms: Tensor  # [N, 1] float64
     max_top_k: int
+    has_min_p: bool
 
     @classmethod
     def of(
@@ -100,34 +110,28 @@ class _Filters:
             top_ps=upload(top_ps, torch.float64, device)[:, None],
             uniforms=uniforms[:, None],
             max_top_k=max(top_ks),
+            has_min_p=any(s.min_p > 0 for s in sampling),
         )
 
-    def weigh(self, logits: Tensor, largest: Tensor) -> Tensor:
-        """Return the weights after temperature and min_p."""
+    def weigh(self, logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `weigh` does, with no weight left below min_p."""
         exponents, weights = weigh(logits, largest, self.scales)
-        return weights.masked_fill_(exponents < self.min_exponents, 0)
-
-    def select(self, rows: Tensor) -> "_Filters":
-        return _Filters(
-            scales=self.scales[rows],
-            min_exponents=self.min_exponents[rows],
-            top_ks=self.top_ks[rows],
-            top_ps=self.top_ps[rows],
-            uniforms=self.uniforms[rows],
-            max_top_k=self.max_top_k,
-        )
+        if self.has_min_p:
+            weights.masked_fill_(exponents < self.min_exponents, 0)
+        return exponents, weights
 
 
 def _draw_from_all(logits: Tensor, largest: Tensor, filters: _Filters) -> Tensor:
-    return _invert(filters.weigh(logits, largest), filters.uniforms)[:, 0]
+    _, weights = filters.weigh(logits, largest)
+    return _invert(weights, filters.uniforms)[:, 0]
 
 
 def _draw_from_top_k(logits: Tensor, largest: Tensor, filters: _Filters) -> Tensor:
     ids = best(logits, filters.max_top_k)
-    weights = filters.weigh(logits.gather(1, ids), largest)
+    _, weights = filters.weigh(logits.gather(1, ids), largest)
     weights.masked_fill_(torch.arange(ids.shape[1], device=ids.device) >= filters.top_ks, 0)
-    kept, _ = _cut(weights, weights.sum(-1, keepdim=True), filters.top_ps)
-    return _pick(ids, kept, filters.uniforms)
+    target = _to_reach(weights.sum(-1, keepdim=True), filters.top_ps)
+    return _pick(ids, _cut(weights, target), filters.uniforms)
 
 
 def _draw_from_top_p(logits: Tensor, largest: Tensor, filters: _Filters) -> Tensor:
@@ -136,29 +140,49 @@ def _draw_from_top_p(logits: Tensor, largest: Tensor, filters: _Filters) -> Tens
     A short list of the best mostly reaches it. Whether it did must be known on the host; so
     that nothing waits for a device, anything but a CPU puts the whole vocabulary in order.
     """
-    vocab_size = logits.shape[1]
-    list_len = min(_SHORTLIST, vocab_size) if logits.device.type == "cpu" else vocab_size
-    total = filters.weigh(logits, largest).sum(-1, keepdim=True)
-    ids = best(logits, list_len)
-    weights = filters.weigh(logits.gather(1, ids), largest)
-    kept, is_reached = _cut(weights, total, filters.top_ps)
-    drawn = _pick(ids, kept, filters.uniforms)
-    if list_len < vocab_size:
-        rest = (~is_reached).nonzero()[:, 0]
-        if len(rest):
-            drawn[rest] = _draw_from_top_k(logits[rest], largest[rest], filters.select(rest))
+    if logits.device.type != "cpu":
+        return _draw_from_top_k(logits, largest, filters)
+    exponents, weights = filters.weigh(logits, largest)
+    target = _to_reach(weights.sum(-1, keepdim=True), filters.top_ps)
+    ids = best(logits, min(_SHORTLIST, logits.shape[1]))
+    listed = weights.gather(1, ids)
+    drawn = _pick(ids, _cut(listed, target), filters.uniforms)
+    is_short = listed.sum(-1, keepdim=True) < target
+    for row in is_short[:, 0].nonzero()[:, 0].tolist():
+        kept = _cut_by_bins(logits[row], exponents[row], weights[row], target[row])
+        drawn[row] = _invert(kept[None], filters.uniforms[row, None])[0, 0]
     return drawn
 
 
-def _cut(weights: Tensor, total: Tensor, top_ps: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep of weights [N, M] in falling order the first few that reach top_p of the total.
+def _cut_by_bins(logits: Tensor, exponents: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """Do to one row [V] what `_cut` does, without putting it in order.
 
-    Returns them, 0 elsewhere, and whether each row reached it [N].
+    The weights are summed up in bins of about the same probability. Bins before the one that
+    reaches the target [1] are kept, those after it are not, and in it the order decides.
     """
-    target = (total * top_ps).round().long().clamp_(min=1)
-    reached = weights.cumsum(-1)
-    is_reached = reached[:, -1] >= target[:, 0]
-    return weights.masked_fill(reached - weights >= target, 0), is_reached
+    num_bins = 25 * _BINS_PER_NAT  # exp(-25) is less than one unit
+    # Clamped as integers: NaN would go through a clamp of floats.
+    bins = (exponents * -_BINS_PER_NAT).long().clamp_(0, num_bins - 1)
+    in_bins = torch.zeros(num_bins, dtype=torch.int64).scatter_add_(0, bins, weights)
+    reached = in_bins.cumsum(-1)
+    last = torch.searchsorted(reached, target).clamp_(max=num_bins - 1)
+    kept = weights.masked_fill(bins > last, 0)
+    ids = (bins == last).nonzero()[:, 0]
+    if len(ids):
+        ids = ids[best(logits[None, ids], len(ids))[0]]
+        before = reached[last] - in_bins[last]
+        kept[ids] = _cut(weights[None, ids], target[None] - before)[0]
+    return kept
+
+
+def _to_reach(total: Tensor, top_ps: Tensor) -> Tensor:
+    """Return the weight [N, 1] that the kept ids must reach; at least one is kept."""
+    return (total * top_ps).round().long().clamp_(min=1)
+
+
+def _cut(weights: Tensor, target: Tensor) -> Tensor:
+    """Keep of weights [N, M] in order the first few that reach the target [N, 1]; 0 elsewhere."""
+    return weights.masked_fill(weights.cumsum(-1) - weights >= target, 0)
 
 
 def _pick(ids: Tensor, weights: Tensor, uniforms: Tensor) -> Tensor:

@@ -95,12 +95,22 @@ def _forbid_bad_words(logits: Tensor, rows: Sequence[SampleRow]) -> None:
     """Forbid the last id of a bad word of several where the log ends with the ids before it."""
     for index, row in enumerate(rows):
         log = row.token_log
-        for *before, last in row.sampling.bad_words_token_ids:
-            if not before or len(before) > len(log) or not 0 <= last < logits.shape[1]:
-                continue
-            prefix = upload_ids(before, log.device)
-            begun = (log[len(log) - len(before) :] == prefix).all()
-            logits[index, last].masked_fill_(begun, _FORBIDDEN)
+        words = [
+            word
+            for word in row.sampling.bad_words_token_ids
+            if 1 < len(word) <= len(log) + 1 and min(word) >= 0 and word[-1] < logits.shape[1]
+        ]
+        if not words:
+            continue
+        # Shorter words are filled up on the left with -1, which matches anything.
+        width = max(len(word) for word in words) - 1
+        filled = [i for word in words for i in (-1,) * (width + 1 - len(word)) + word[:-1]]
+        before = upload_ids(filled, log.device).view(-1, width)
+        is_begun = ((before == log[len(log) - width :]) | (before < 0)).all(-1)
+        # Added, not written: several words may have the same last id.
+        bans = torch.zeros(len(words), dtype=logits.dtype, device=logits.device)
+        bans.masked_fill_(is_begun, _FORBIDDEN)
+        logits[index].index_add_(0, upload_ids([word[-1] for word in words], log.device), bans)
 
 
 def _add_bias(logits: Tensor, rows: Sequence[SampleRow]) -> None:
@@ -151,11 +161,12 @@ def _penalise(logits: Tensor, rows: Sequence[SampleRow]) -> None:
 
     where = upload_ids(indices, logits.device)
     edited = logits.index_select(0, where)
-    counts = torch.zeros_like(edited).scatter_add_(1, ids, is_output.to(logits.dtype))
-    counts = counts.gather(1, ids)
     values = edited.gather(1, ids)
     repetition = column([s.repetition_penalty for s in sampling])
     values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= column([s.frequency_penalty for s in sampling]) * counts
-    values -= column([s.presence_penalty for s in sampling]) * (counts > 0)
+    if any(s.frequency_penalty or s.presence_penalty for s in sampling):
+        counts = torch.zeros_like(edited).scatter_add_(1, ids, is_output.to(logits.dtype))
+        counts = counts.gather(1, ids)
+        values -= column([s.frequency_penalty for s in sampling]) * counts
+        values -= column([s.presence_penalty for s in sampling]) * (counts > 0)
     logits.index_copy_(0, where, edited.scatter_(1, ids, values))

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.sampling.distribution import WEIGHT_BITS, weigh
+from model.sampling.distribution import WEIGHT_BITS, tile_len, weigh
 from model.sampling.ranking import best
 from model.step import TokenLogprobs
 from model.transfer import download
-
-_TILE_SIZE = 1 << 18  # logits worked on at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +41,10 @@ def chosen_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLo
     a lower id.
     """
     num_top = min(num_top, logits.shape[1])
-    tile_len = max(1, _TILE_SIZE // logits.shape[1])
-    starts = range(0, len(token_ids), tile_len) if len(token_ids) else range(1)
+    num_rows = tile_len(logits)
     tiles = [
-        _report(logits[i : i + tile_len], token_ids[i : i + tile_len, None], num_top)
-        for i in starts
+        _report(logits[i : i + num_rows], token_ids[i : i + num_rows, None], num_top)
+        for i in range(0, max(1, len(token_ids)), num_rows)
     ]
     return ChosenLogprobs(
         logprobs=torch.cat([tile.logprobs for tile in tiles]),

@@ -11,15 +11,16 @@ from torch import Tensor
 
 def first_max(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest value of each row [N, V] and its lowest id; NaN counts as largest."""
-    size = math.isqrt(values.shape[1])
+    vocab_size = values.shape[1]
+    size = min(_block_size(vocab_size, 1), vocab_size)
     blocks, rest = _blocks(values, size)
     maxima = blocks.amax(-1)
     if rest.shape[1]:
         maxima = torch.cat((maxima, rest.amax(-1, keepdim=True)), 1)
     largest, block = maxima.max(-1)
-    # The last block of all may be short: it is read from the end, a little early, so that
-    # ids before it come along; they hold nothing as large, or their block had been first.
-    start = (block * size).clamp_(max=values.shape[1] - size)
+    # What is left over is read together with ids before it, so that all blocks are as long.
+    # None of those is as large, or its own block would have come first.
+    start = (block * size).clamp_(max=vocab_size - size)
     ids = start[:, None] + torch.arange(size, device=values.device)
     return largest, start + values.gather(1, ids).max(-1).indices
 
@@ -31,8 +32,8 @@ def best(values: Tensor, count: int) -> Tensor:
     block is preceded by the maximum of each of these. So most of a row is only read once.
     """
     num_rows, vocab_size = values.shape
-    size = math.isqrt(vocab_size // count)
-    if size < 4:
+    size = _block_size(vocab_size, count)
+    if count * size > vocab_size // 2:
         return _ordered(values, None, count)
     blocks, rest = _blocks(values, size)
     found = _ordered(blocks.amax(-1), None, count)
@@ -42,6 +43,14 @@ def best(values: Tensor, count: int) -> Tensor:
         tail = torch.arange(vocab_size - rest.shape[1], vocab_size, device=values.device)
         ids = torch.cat((ids, tail.expand(num_rows, -1)), 1)
     return _ordered(values.gather(1, ids), ids, count)
+
+
+def _block_size(vocab_size: int, count: int) -> int:
+    """Return the size for which `count` blocks are about as many ids as there are blocks.
+
+    A power of two and at least 32: others are several times as slow to reduce on a CPU.
+    """
+    return max(32, 1 << (math.isqrt(vocab_size // count).bit_length() - 1))
 
 
 def _blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:

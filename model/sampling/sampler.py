@@ -46,18 +46,12 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         token_ids = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
         is_broken = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
         plain = [index for index, row in enumerate(rows) if not row.edits_logits]
-        for indices in (plain, edited):
+        for way, indices in ((_choose, plain), (_choose_edited, edited)):
             if indices:
                 where = upload_ids(indices, logits.device)
                 members = [rows[index] for index in indices]
-                part = logits[where]
-                largest = part.amax(-1)
-                if indices is edited:
-                    edit_logits(part, members)
-                ids, failed = _choose(part, members, None if numbers is None else numbers[where])
-                token_ids[where] = ids
-                # An edit may have put -inf over what was broken.
-                is_broken[where] = failed | largest.isnan() | largest.isposinf()
+                some = None if numbers is None else numbers[where]
+                token_ids[where], is_broken[where] = way(logits[where], members, some)
     token_ids = token_ids.masked_fill(is_broken, 0)
     return Sampled(
         token_ids=token_ids, is_broken=is_broken, logprobs=_logprobs(logits, token_ids, rows)
@@ -79,6 +73,16 @@ def _choose(
     if numbers is not None:
         draw(token_ids, logits, largest, [row.sampling for row in rows], numbers)
     return token_ids, ~largest.isfinite()
+
+
+def _choose_edited(
+    logits: Tensor, rows: Sequence[SampleRow], numbers: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Edit the logits in place and choose; what an edit covers up is broken all the same."""
+    largest = logits.amax(-1)
+    edit_logits(logits, rows)
+    token_ids, is_broken = _choose(logits, rows, numbers)
+    return token_ids, is_broken | largest.isnan() | largest.isposinf()
 
 
 def _logprobs(
