@@ -10,6 +10,9 @@ slots behind the blocks belong to nobody: `zero_slot` stays zero and stands for 
 a sequence does not have, `trash_slot` takes what padding writes.
 """
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,12 +35,9 @@ class KVPool:
         self.zero_slot = num_blocks * block_size
         self.trash_slot = self.zero_slot + 1
         shape = (config.num_kv_heads, self.trash_slot + 1, config.head_dim)
-        self.keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
+        layers = range(config.num_layers)
+        self.keys = [_zeros(shape, dtype, device) for _ in layers]
+        self.values = [_zeros(shape, dtype, device) for _ in layers]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, K, D] in slots [T]."""
@@ -47,6 +47,17 @@ class KVPool:
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [K, len(slots), D] of some slots."""
         return self.keys[layer].index_select(1, slots), self.values[layer].index_select(1, slots)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; in host memory as pages that the kernel gives only once they are written.
+
+    torch would write gigabytes of zeros at start-up, most of them never used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
