@@ -29,7 +29,6 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
         title="arriero",
         version=own_version(),
         lifespan=lifespan,
-        root_path=settings.root_path,
         redirect_slashes=False,
         redoc_url=None,
     )

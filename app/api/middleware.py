@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Sequence
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
@@ -45,12 +46,15 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        if not self._may_enter(scope["path"], headers):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not self._may_enter(path, headers):
             refusal = Unauthorized("No API key was given, or a wrong one.")
             await error_response(refusal)(scope, receive, send_named)
             return
         try:
             await self._app(scope, receive, send_named)
+        except ClientDisconnect:
+            logger.debug("request %s: client gone", request_id)
         except Exception:
             logger.exception("request %s failed", request_id)
             if has_started:

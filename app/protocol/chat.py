@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from app.protocol.common import SamplingFields, WireModel
+from app.protocol.common import SamplingFields, WireModel, at_most
 
 
 def _to_text(value: object) -> str | None:
@@ -52,7 +52,5 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: (
-        Annotated[dict[str, str | bool | int | float], Field(max_length=16)] | None
-    ) = None
+    chat_template_kwargs: Annotated[dict[str, str | bool | int | float], at_most(16)] | None = None
     parallel_tool_calls: bool | None = None  # says nothing without tools

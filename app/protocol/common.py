@@ -118,6 +118,19 @@ TokenIds = Annotated[list[int], PlainValidator(check_token_ids), WithJsonSchema(
 BadWords = Annotated[list[str], PlainValidator(_to_bad_words), WithJsonSchema(_STRINGS_SCHEMA)]
 
 
+def at_most(num_entries: int) -> BeforeValidator:
+    """Return a validator that refuses a larger object before any of its values is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > num_entries:
+            raise PydanticCustomError(
+                "too_long", "may hold at most {most} entries", {"most": num_entries}
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
 class StreamOptions(WireModel):
     """What a stream reports besides tokens."""
 
@@ -138,8 +151,7 @@ class SamplingFields(WireModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-        | None
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[str], BeforeValidator(_to_stops)] = []

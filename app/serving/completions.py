@@ -60,6 +60,8 @@ async def _token_ids(
 ) -> list[int]:
     if isinstance(prompt, list):
         return check_ids(context, prompt, "prompt")
+    if not prompt:
+        raise InvalidRequest("'prompt' is empty.", param="prompt")
     token_ids = await tokenize_text(
         context,
         prompt,

@@ -63,15 +63,15 @@ def health_routes(engine: EngineClient, is_draining: Callable[[], bool]) -> APIR
     def report(is_good: bool, good: str, bad: str) -> JSONResponse:
         return JSONResponse({"status": good if is_good else bad}, 200 if is_good else 503)
 
-    @router.api_route("/health/live", methods=["GET", "HEAD"])
+    @router.api_route("/health/live", methods=["GET", "HEAD"], include_in_schema=False)
     async def live() -> JSONResponse:
         return report(is_live(), "alive", "stuck")
 
-    @router.api_route("/health/ready", methods=["GET", "HEAD"])
+    @router.api_route("/health/ready", methods=["GET", "HEAD"], include_in_schema=False)
     async def ready() -> JSONResponse:
         return report(is_live() and not is_draining(), "ready", "not ready")
 
-    @router.api_route("/health", methods=["GET", "HEAD"])
+    @router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
     async def health() -> JSONResponse:
         return report(is_live() and not is_draining(), "ok", "not ok")
 

@@ -1,0 +1,158 @@
+"""Who gets in: default deny, odd paths, odd keys, request ids."""
+
+import asyncio
+import logging
+
+import httpx
+import pytest
+
+from app.factory import create_app
+from app.settings import ServerSettings
+from tests.api.serve import client_of, run
+from tests.fake_engine import FakeEngine, make_context, says
+
+KEYS = ("secret", "clé")
+PATHS = [
+    "/v1/models",
+    "/v1/models/fake",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
+    "/metrics",
+    "/version",
+    "/docs",
+    "/openapi.json",
+    "/nowhere",
+    "//v1/models",
+    "/V1/models",
+    "/v1/models/",
+    "/health/",
+    "/health/../v1/models",
+    "/%2e/v1/models",
+    "/health%2f..%2fmetrics",
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "TRACE"])
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_but_health_opens_without_a_key(method, path):
+    async def scenario():
+        async with client_of(FakeEngine(says("x")), api_keys=KEYS) as client:
+            response = await client.request(method, path, headers={"host": "a/health?x="})
+        assert response.status_code == 401
+        assert response.headers["x-request-id"]
+
+    run(scenario())
+
+
+def test_health_is_open():
+    async def scenario():
+        async with client_of(FakeEngine(says("x")), api_keys=KEYS) as client:
+            for path in ("/health", "/health/live", "/health/ready"):
+                assert (await client.get(path)).status_code == 200
+
+    run(scenario())
+
+
+def test_health_is_open_under_a_root_path():
+    async def scenario():
+        app = create_app(make_context(FakeEngine(says("x"))), ServerSettings(api_keys=KEYS))
+        transport = httpx.ASGITransport(app=app, root_path="/llm")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            assert (await client.get("/llm/health")).status_code == 200
+            assert (await client.get("/llm/v1/models")).status_code == 401
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (b"Bearer secret", 200),
+        (b"bearer  secret", 200),
+        ("Bearer clé".encode(), 200),
+        (b"Bearer secre", 401),
+        (b"Bearer ", 401),
+        (b"Bearer", 401),
+        (b"", 401),
+        (b"Basic secret", 401),
+        (b"secret", 401),
+        (b"Bearer \xff\xfe", 401),
+        (b"Bearer " + b"x" * 10**6, 401),
+    ],
+    ids=range(11),
+)
+def test_key_is_taken_exactly_and_never_breaks_the_server(given, status):
+    async def scenario():
+        async with client_of(FakeEngine(says("x")), api_keys=KEYS) as client:
+            response = await client.get("/v1/models", headers=[(b"authorization", given)])
+        assert response.status_code == status
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("TRACE", "/v1/completions", 405),
+        ("OPTIONS", "/v1/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/completions/", 404),
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/models/nope", 404),
+    ],
+)
+def test_what_the_router_refuses_has_openais_shape(method, path, status):
+    async def scenario():
+        async with client_of(FakeEngine(says("x"))) as client:
+            response = await client.request(method, path)
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("given", "is_kept"), [("abc-1", True), ("a b\r\nx", False), ("", False)])
+def test_sane_request_id_is_kept_and_another_replaced(given, is_kept):
+    async def scenario():
+        async with client_of(FakeEngine(says("x"))) as client:
+            response = await client.get("/version", headers=[(b"x-request-id", given.encode())])
+        assert (response.headers["x-request-id"] == given) is is_kept
+
+    run(scenario())
+
+
+def test_client_that_leaves_is_no_failure_in_the_log(caplog):
+    async def scenario():
+        engine = FakeEngine(says("x"))
+        async with client_of(engine) as client:
+            app = client._transport.app
+        bodies = iter(
+            [
+                {"type": "http.request", "body": b'{"prompt": "a"}', "more_body": False},
+                {"type": "http.disconnect"},
+            ]
+        )
+        engine.gate.clear()
+
+        async def receive():
+            return next(bodies)
+
+        async def send(message):
+            return None
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        await app(scope, receive, send)
+        await asyncio.wait_for(engine.streams[0].was_aborted.wait(), 5)
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
+    assert not caplog.records
