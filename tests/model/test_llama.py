@@ -24,6 +24,8 @@ def reference_continuation(
     """Generate greedily; return the new ids and the log-probabilities [new, V], None at a tie."""
     out = model.generate(
         torch.tensor([prompt]),
+        # Without it, generate() takes ids of the prompt that equal pad_token_id for padding.
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
         max_new_tokens=num_tokens,
         do_sample=False,
         eos_token_id=None,
