@@ -174,9 +174,10 @@ def test_full_queue_refuses_and_takes_again_once_it_is_shorter():
         gate = Gate()
         async with Running(gate, max_num_seqs=1) as engine:
             streams = [engine.submit(make_request(str(name))) for name in range(8)]
+            await asyncio.to_thread(gate.is_reached.wait)
+            streams.append(engine.submit(make_request("one runs, eight wait")))
             with pytest.raises(Overloaded):
-                for name in range(8, 20):
-                    streams.append(engine.submit(make_request(str(name))))
+                engine.submit(make_request("one too many"))
             gate.is_open.set()
             await asyncio.gather(*(collect(stream) for stream in streams))
             assert reasons(await collect(engine.submit(make_request("again")))) == ["length"]
