@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_REQUEST_BYTES = 32 << 20
+MAX_REQUEST_BYTES = 2 << 20  # parsing holds the interpreter: a larger body would stall all streams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

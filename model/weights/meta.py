@@ -5,11 +5,11 @@ are archives of pickles, opened by torch's weights-only unpickler with their ten
 Reference: llama/model.py of meta-llama/llama, convert_llama_weights_to_hf.py of transformers.
 """
 
-import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -247,7 +247,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     _refuse_other_archives(file)
     try:
         loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise WeightsError(
             f"{file}: holds something other than tensors, which is never unpickled"
         ) from error
