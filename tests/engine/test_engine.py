@@ -146,14 +146,16 @@ def test_aborted_request_ends_and_frees_its_blocks_within_two_steps():
 
 def test_choice_finished_by_its_text_ends_with_stop_while_the_other_goes_on():
     async def scenario():
-        async with Running() as engine:
+        gate = Gate()
+        async with Running(gate) as engine:
             stream = engine.submit(make_request("a", max_tokens=40, n=2))
-            outputs = []
-            async for batch in stream:
-                outputs += batch
-                stream.finish(0)
+            await asyncio.to_thread(gate.is_reached.wait)
+            stream.finish(0)
+            gate.is_open.set()
+            outputs = await collect(stream)
             ends = {out.index: out.finish_reason for out in outputs if out.finish_reason}
             assert ends == {0: "stop", 1: "length"}
+            assert len(tokens(outputs, 0)) == 1
             assert len(tokens(outputs, 1)) == 40
 
     asyncio.run(scenario())

@@ -55,9 +55,8 @@ def dangers_of(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name in FORBIDDEN_MODULES]
         if isinstance(node, ast.ImportFrom) and node.module in FORBIDDEN_MODULES:
-            # Naming the exception of a library that unpickles safely is no unpickling.
-            if [alias.name for alias in node.names] != ["UnpicklingError"]:
-                found.append(node.module)
+            # To name the exception of torch's own unpickler is not to unpickle.
+            found += [alias.name for alias in node.names if alias.name != "UnpicklingError"]
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "request.url":
             found.append("request.url")
         if isinstance(node, ast.Call):
