@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from app.settings import read_environment
+from model.config import LoadOptions
+from model.weights.checkpoint import open_checkpoint
+from model.weights.demo import FILE_NAME
 from tests.model.drive import Schedule, load_network, logits_alone
-from tests.toy import VARIANTS, write_toy_checkpoint
+from tests.toy import (
+    META_VOCAB_SIZE,
+    VARIANTS,
+    write_toy_checkpoint,
+    write_toy_gguf,
+    write_toy_meta,
+)
 
 MIN_GAP = 1e-4
 
@@ -58,9 +68,15 @@ def greedy(config, network, prompts: list[list[int]], num_tokens: int):
     return results
 
 
-def compare_with_reference(folder: Path, num_prompts: int, num_tokens: int) -> None:
+def compare_with_reference(
+    folder: Path,
+    num_prompts: int,
+    num_tokens: int,
+    reference: LlamaForCausalLM | None = None,
+) -> None:
     config, network = load_network(folder)
-    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if reference is None:
+        reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rng = random.Random(7)
     prompts, expected = [], []
     num_ties = 0
@@ -102,3 +118,45 @@ def test_logits_of_a_long_prompt_equal_the_reference(tmp_path):
     with torch.inference_mode():
         expected = reference(torch.tensor([prompt])).logits[0]
     assert (logits_alone(config, network, prompt) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("form", ["three shards", "gguf", "meta", "meta in two shards"])
+def test_greedy_tokens_of_every_loader_equal_the_reference(form, tmp_path, full):
+    overrides: dict[str, int] = {}
+    if form == "gguf":
+        folder = write_toy_gguf(tmp_path / "own")
+    elif form == "three shards":
+        folder = write_toy_checkpoint(tmp_path / "own", shards=3)
+    else:
+        folder = write_toy_meta(tmp_path / "own", shards=2 if "two" in form else 1)
+        overrides = {"vocab_size": META_VOCAB_SIZE, "intermediate_size": 192}
+    twin = write_toy_checkpoint(tmp_path / "twin", **overrides)
+    reference = LlamaForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
+    compare_with_reference(folder, *((50, 64) if full else (3, 16)), reference)
+
+
+@pytest.mark.demo
+def test_greedy_tokens_of_the_demo_model_equal_the_reference(full):
+    path = read_environment().cache_dir / FILE_NAME
+    if not path.exists():
+        pytest.skip("the demo model has not been fetched")
+    checkpoint = open_checkpoint(LoadOptions(model=str(path)))
+    config = checkpoint.config
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    reference = LlamaForCausalLM(shape).eval()
+    tensors = {name: checkpoint.read(name).float() for name in checkpoint.tensor_names()}
+    missing = reference.load_state_dict(tensors, strict=False).missing_keys
+    assert missing == ["lm_head.weight"], "the head is tied"
+    compare_with_reference(path, *((8, 64) if full else (1, 8)), reference)
