@@ -95,6 +95,8 @@ def parse(argv: list[str] | None, environment: Environment) -> Command:
     args = parser.parse_args(argv)
     if args.model and args.model_path:
         parser.error("name the model once: as MODEL or with --model")
+    if args.command == "serve" and not all(key.strip() for key in args.api_key):
+        parser.error("--api-key is empty")
     named = args.model or args.model_path
     served = tuple(args.served_model_name)
     model = named

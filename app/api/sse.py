@@ -6,7 +6,7 @@ Either way the client's going away ends the work: Starlette would not tell a pla
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -20,6 +20,7 @@ from app.serving.answer import Answer, JsonObject
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 15.0
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 Result = TypeVar("Result")
@@ -82,8 +83,10 @@ class EventStream(Response):
             self._answer.abort()
 
     async def _send_events(self, send: Send) -> None:
-        async for data in with_keep_alive(self._lines(), KEEP_ALIVE_S):
+        async def send_data(data: bytes) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        await send_kept_alive(self._lines(), send_data, KEEP_ALIVE_S)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _lines(self) -> AsyncIterator[bytes]:
@@ -98,36 +101,35 @@ class EventStream(Response):
 
 def encode_event(event: JsonObject) -> bytes:
     """Return one event's bytes; JSON has no line breaks of its own."""
-    text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode("utf-8") + b"\n\n"
+    return b"data: " + _encode(event).encode("utf-8") + b"\n\n"
 
 
-async def with_keep_alive(lines: AsyncIterator[bytes], interval_s: float) -> AsyncIterator[bytes]:
-    """Pass lines on, and a comment whenever there was none for a while.
+async def send_kept_alive(
+    lines: AsyncIterator[bytes], send: Callable[[bytes], Awaitable[None]], interval_s: float
+) -> None:
+    """Send lines, and a comment whenever there was none for a while.
 
-    The pending read is waited for again after a comment, never cancelled: a cancelled read would
-    end the generator behind it.
+    The comments come from one task beside the stream: waiting for each line under a timeout
+    would cost a task and a timer a token, and cancel the pending read.
     """
-    pending: asyncio.Future[bytes] | None = None
-    try:
+    clock = asyncio.get_running_loop().time
+    sent_s = clock()
+
+    async def keep_alive() -> None:
+        nonlocal sent_s
         while True:
-            if pending is None:
-                pending = asyncio.ensure_future(_next(lines))
-            done, _ = await asyncio.wait({pending}, timeout=interval_s)
-            if not done:
-                yield b": keep-alive\n\n"
+            silence_s = clock() - sent_s
+            if silence_s < interval_s:
+                await asyncio.sleep(interval_s - silence_s)
                 continue
-            try:
-                line = pending.result()
-            except StopAsyncIteration:
-                return
-            pending = None
-            yield line
+            await send(b": keep-alive\n\n")
+            sent_s = clock()
+
+    comments = asyncio.ensure_future(keep_alive())
+    try:
+        async for line in lines:
+            await send(line)
+            sent_s = clock()
     finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-
-
-async def _next(lines: AsyncIterator[bytes]) -> bytes:
-    return await anext(lines)
+        comments.cancel()
+        await asyncio.gather(comments, return_exceptions=True)

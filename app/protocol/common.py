@@ -53,11 +53,11 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "stop_regex": (),
     "typical_p": (1, 1.0),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
 }
 # Say something about the request, nothing about its answer.
-HARMLESS = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-)
+HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 
 
 class WireModel(BaseModel):
@@ -149,7 +149,7 @@ class SamplingFields(WireModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=2)] | None = None
     logit_bias: (
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None
     ) = None

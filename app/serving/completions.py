@@ -1,5 +1,6 @@
 """POST /v1/completions: prompts in any of four shapes, echo, legacy log-probabilities."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from app.text.detokenize import IncrementalDetokenizer
 from model.step import TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
+MAX_CHOICES = 1024  # more would never fit the engine's queue, however often they are sent
 
 
 @dataclass(slots=True)
@@ -34,6 +36,10 @@ async def start_completion(
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if not max_tokens and not request.echo:
         raise InvalidRequest("'max_tokens' may be 0 only with 'echo'.", param="max_tokens")
+    if len(request.prompt) * (request.n or 1) > MAX_CHOICES:
+        raise InvalidRequest(
+            f"'prompt' times 'n' may make at most {MAX_CHOICES} choices.", param="n"
+        )
     wants_prompt = bool(request.echo) and request.logprobs is not None
     sampling = sampling_params(
         context,
@@ -47,6 +53,7 @@ async def start_completion(
         token_ids = await _token_ids(context, request, wire_prompt)
         check_length(context, len(token_ids), max_tokens)
         prompts.append(Prompt(token_ids=token_ids, sampling=sampling))
+        await asyncio.sleep(0)  # a thousand short prompts are long together: others get a turn
     echoes = [
         _EchoedPrompt(_text(context, wire_prompt), prompt.token_ids)
         for wire_prompt, prompt in zip(request.prompt, prompts, strict=True)

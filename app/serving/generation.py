@@ -5,17 +5,20 @@ delta, no count and no metric.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from app.engine.client import EngineRequest, RequestStream, SequenceOutput
-from app.errors import EngineFailed
+from app.errors import Draining, EngineFailed
 from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
 from app.text.output import OutputText
 from model.step import SamplingParams, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,9 @@ class Generation:
         self._context = context
         self._fields = fields
         self._arrival_s = time.monotonic()
+        drawn = prompts[0].sampling[0]
+        if fields.seed is None and not drawn.is_greedy:
+            logger.info("request %s: seed %d", request_id, drawn.seed)  # to run it again
         self.usage = Usage(num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
         self._choices: list[_Choice] = []
         self._streams: list[tuple[int, RequestStream]] = []
@@ -119,7 +125,7 @@ class Generation:
             stream.abort()
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Yield deltas until every choice has ended. Raises EngineFailed."""
+        """Yield deltas until every choice has ended. Raises EngineFailed or Draining."""
         async for first, stream, outputs in _merged(self._streams):
             for output in outputs:
                 delta = self._take(first, stream, output)
@@ -134,7 +140,9 @@ class Generation:
             return None
         if output.finish_reason in ("error", "abort"):
             choice.timer.end(output.finish_reason)
-            raise EngineFailed(output.error or "The request was aborted.")
+            message = output.error or "The request was aborted."
+            # What a shutdown cuts off is worth a retry elsewhere; a broken step is not.
+            raise Draining(message) if self._context.engine.is_draining else EngineFailed(message)
         ids = output.token_ids
         is_stopped_by_id = output.stop_token_id is not None
         hides_last = is_stopped_by_id and not self._fields.include_stop_str_in_output

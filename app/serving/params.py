@@ -1,7 +1,6 @@
 """From the fields of a request to the engine's sampling parameters."""
 
 import asyncio
-import logging
 import secrets
 from dataclasses import replace
 
@@ -10,8 +9,6 @@ from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from model.errors import TokenizerError
 from model.step import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 # No tokenizer of this family has tokens longer than this on the average of a long text.
 MAX_CHARACTERS_PER_TOKEN = 64
@@ -31,7 +28,6 @@ def sampling_params(
     seed = fields.seed
     if seed is None:
         seed = secrets.randbits(63)
-        logger.debug("seed drawn: %d", seed)
 
     def pick(value: float | None, default: float | None, otherwise: float) -> float:
         return next(item for item in (value, default, otherwise) if item is not None)
@@ -63,7 +59,25 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+    _check_something_left(context, params)
     return tuple(replace(params, choice=choice) for choice in range(fields.n or 1))
+
+
+def _check_something_left(context: ServingContext, params: SamplingParams) -> None:
+    """Refuse masks that leave no first token to choose: the step would blame the model."""
+    banned = {word[0] for word in params.bad_words_token_ids if len(word) == 1}
+    if params.min_tokens:
+        banned |= params.stop_token_ids
+    if params.allowed_token_ids is not None:
+        is_empty, param = banned.issuperset(params.allowed_token_ids), "allowed_token_ids"
+    else:
+        num_banned = sum(token_id < context.vocab_size for token_id in banned)
+        is_empty, param = num_banned == context.vocab_size, "stop_token_ids"
+    if is_empty:
+        raise InvalidRequest(
+            f"'{param}': 'bad_words' and the ends that 'min_tokens' puts off leave no token.",
+            param=param,
+        )
 
 
 def _logit_bias(context: ServingContext, fields: SamplingFields) -> tuple[tuple[int, float], ...]:

@@ -1,12 +1,14 @@
 """POST /tokenize and /detokenize: ids of a text or a conversation, and back."""
 
+import asyncio
+
 from app.errors import InvalidRequest
 from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from app.serving.answer import JsonObject
 from app.serving.chat import encode_messages
 from app.serving.context import ServingContext
 from app.serving.logprobs import token_text
-from app.serving.params import check_ids, tokenize_text
+from app.serving.params import OFFLOADED_CHARACTERS, check_ids, tokenize_text
 from app.text.detokenize import IncrementalDetokenizer
 
 
@@ -39,8 +41,13 @@ async def tokenize(context: ServingContext, request: TokenizeRequest) -> JsonObj
     return answer
 
 
-def detokenize(context: ServingContext, request: DetokenizeRequest) -> JsonObject:
+async def detokenize(context: ServingContext, request: DetokenizeRequest) -> JsonObject:
     context.check_model(request.model)
     check_ids(context, request.tokens, "tokens")
-    detokenizer = IncrementalDetokenizer(context.tokenizer, skip_special_tokens=False)
-    return {"prompt": detokenizer.push(request.tokens) + detokenizer.flush()}
+
+    def decode() -> str:
+        detokenizer = IncrementalDetokenizer(context.tokenizer, skip_special_tokens=False)
+        return detokenizer.push(request.tokens) + detokenizer.flush()
+
+    is_long = len(request.tokens) > OFFLOADED_CHARACTERS
+    return {"prompt": await asyncio.to_thread(decode) if is_long else decode()}

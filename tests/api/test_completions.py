@@ -202,7 +202,7 @@ def test_stream_headers_forbid_buffering():
 
 
 def test_keep_alive_comments_fill_a_silence_without_losing_an_event():
-    from app.api.sse import with_keep_alive
+    from app.api.sse import send_kept_alive
 
     async def scenario():
         gate = asyncio.Event()
@@ -213,10 +213,13 @@ def test_keep_alive_comments_fill_a_silence_without_losing_an_event():
             yield b"two"
 
         seen = []
-        async for line in with_keep_alive(lines(), 0.01):
+
+        async def send(line):
             seen.append(line)
             if line.startswith(b":"):
                 gate.set()
+
+        await send_kept_alive(lines(), send, 0.01)
         assert seen[0] == b"one"
         assert seen[-1] == b"two"
         assert b": keep-alive\n\n" in seen

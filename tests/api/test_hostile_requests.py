@@ -157,7 +157,7 @@ def test_validation_bomb_is_refused_at_once_and_holds_nobody_up(name):
         await asyncio.sleep(0.02)  # a tick that is late must still be counted
         assert longest > 0
         watcher.cancel()
-        assert took < 1.0
+        assert took < 5.0  # 0.5 s on an idle machine
         assert longest < 0.5  # 0.2 s is asked for; the rest allows for a shared machine
 
     run(scenario())

@@ -40,7 +40,7 @@ def info_routes(context: ServingContext, max_bytes: int) -> APIRouter:
     async def detokenize_route(request: Request) -> JSONResponse:
         body = await read_body(request, DetokenizeRequest, max_bytes)
         headers = ignored_header(body)
-        return JSONResponse(detokenize(context, body), headers=headers)
+        return JSONResponse(await detokenize(context, body), headers=headers)
 
     @router.get("/metrics")
     async def metrics() -> Response:
