@@ -33,8 +33,8 @@ LLAMA3_SPLIT = (
 class PlainFast:
     """Encodes with every added token switched off; built when first needed, once."""
 
-    def __init__(self, serialised: str) -> None:
-        self._serialised = serialised
+    def __init__(self, library: tokenizers.Tokenizer) -> None:
+        self._library = library
         self._lock = threading.Lock()
         self._built: tuple[tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
 
@@ -46,14 +46,12 @@ class PlainFast:
     def _tokenizers(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
         with self._lock:
             if self._built is None:
-                spec = cast(Json, json.loads(self._serialised))
-                spec = _without_added_tokens(spec)
+                spec = _without_added_tokens(cast(Json, json.loads(self._library.to_str())))
                 first = tokenizers.Tokenizer.from_str(json.dumps(spec))
                 later = _prepending_never(spec)
                 is_same = later == spec
                 rest = first if is_same else tokenizers.Tokenizer.from_str(json.dumps(later))
                 self._built = first, rest
-                self._serialised = ""
             return self._built
 
 
@@ -63,17 +61,15 @@ def fast_tokenizer(
     """Wrap a tokenizer of the library, whose truncation and padding are switched off."""
     library.no_truncation()
     library.no_padding()
-    serialised: str = library.to_str()
-    spec = cast(Json, json.loads(serialised))
-    model = cast(Json, spec["model"])
-    if model.get("type") not in ("BPE", "Unigram"):
-        raise TokenizerError(f"{where}: model.type is {shown(model.get('type'))}, not read here")
+    kind = type(library.model).__name__
+    if kind not in ("BPE", "Unigram"):
+        raise TokenizerError(f"{where}: model.type is {shown(kind)}, not read here")
     tokens = by_id(library.get_vocab(with_added_tokens=True), where)
-    kinds = _types(spec.get("decoder")) or _types(spec.get("pre_tokenizer"))
+    kinds = _types(_spec(library.decoder)) or _types(_spec(library.pre_tokenizer))
     if "ByteLevel" in kinds:
         token_bytes = byte_level_bytes(tokens)
     elif kinds & {"Metaspace", "ByteFallback", "Replace"}:
-        has_byte_pieces = "ByteFallback" in kinds or bool(model.get("byte_fallback"))
+        has_byte_pieces = "ByteFallback" in kinds or _falls_back_to_bytes(library)
         token_bytes = [piece_bytes(token, has_byte_pieces) for token in tokens]
     else:
         raise TokenizerError(f"{where}: decoder is neither byte-level nor sentencepiece's")
@@ -83,7 +79,7 @@ def fast_tokenizer(
         return ids
 
     return VocabularyTokenizer(
-        PlainFast(serialised),
+        PlainFast(library),
         token_bytes=token_bytes,
         added_tokens=added_tokens_of(library),
         facts=facts,
@@ -129,18 +125,7 @@ def byte_level_tokenizer(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": token.id,
-                "content": token.text,
-                "single_word": token.single_word,
-                "lstrip": token.lstrip,
-                "rstrip": token.rstrip,
-                "normalized": False,
-                "special": token.special,
-            }
-            for token in added
-        ],
+        "added_tokens": [],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
@@ -154,11 +139,36 @@ def byte_level_tokenizer(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": ignore_merges,
-            "vocab": dict(vocab),
-            "merges": [list(pair) for pair in merges],
+            "vocab": {},
+            "merges": [],
         },
     }
-    return parse_tokenizer_json(json.dumps(spec), where)
+    library = parse_tokenizer_json(json.dumps(spec), where)
+    try:
+        # Handed over as they are: a vocabulary written as JSON and read again takes twice as long.
+        library.model = tokenizers.models.BPE(
+            vocab=dict(vocab), merges=merges, ignore_merges=ignore_merges
+        )
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"{where}: the tokenizer cannot be built: {error}") from error
+    library.add_tokens(
+        [
+            tokenizers.AddedToken(
+                token.text,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=False,
+                special=token.special,
+            )
+            for token in added
+        ]
+    )
+    # The library numbers what is not in the vocabulary itself, from its end on.
+    for token in added:
+        if library.token_to_id(token.text) != token.id:
+            raise TokenizerError(f"{where}: {shown(token.text)} cannot have the id {token.id}")
+    return library
 
 
 def byte_level(*, use_regex: bool) -> Json:
@@ -180,6 +190,18 @@ def split_then_byte_level(pattern: str) -> Json:
         "invert": False,
     }
     return {"type": "Sequence", "pretokenizers": [split, byte_level(use_regex=False)]}
+
+
+def _spec(component: object) -> object:
+    """Return a component as JSON; its vocabulary is not written out for that."""
+    state: bytes = b"null" if component is None else component.__getstate__()  # type: ignore
+    return json.loads(state)
+
+
+def _falls_back_to_bytes(library: tokenizers.Tokenizer) -> bool:
+    """Say whether the model has a piece for each byte, which only its JSON tells for all kinds."""
+    model = cast(Json, json.loads(library.to_str()))["model"]
+    return bool(cast(Json, model).get("byte_fallback"))
 
 
 def _types(component: object) -> set[str]:
