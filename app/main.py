@@ -182,5 +182,9 @@ def _log_ready(
         kind, prompt = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
     logger.info("serving %s on %s, %.1f s after start", context.model_names[0], url, seconds)
     logger.info(
-        "try: curl %s/v1/%s -H 'Content-Type: application/json'%s -d '{%s}'", url, kind, key, prompt
+        "try: curl %s/v1/%s -H 'Content-Type: application/json'%s -d '{%s, \"temperature\": 0}'",
+        url,
+        kind,
+        key,
+        prompt,
     )
