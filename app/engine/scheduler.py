@@ -417,6 +417,7 @@ class Scheduler:
         self.allocator.forget_all()
         updates = []
         for step in steps:
+            self._removed_rows += step.plan.removed  # the runner may not have come that far
             for sequence, epoch in zip(step.sequences, step.epochs, strict=True):
                 if sequence.epoch == epoch:
                     updates.append(self._fail_row(sequence, error))

@@ -286,6 +286,20 @@ class OneAtATime:
         return ()
 
 
+def test_row_whose_removal_was_in_a_failed_step_is_removed_again():
+    driver = Driver(make_limits(max_num_seqs=1))
+    driver.submit("done", PROMPT, SamplingParams(max_tokens=1))
+    driver.round()
+    driver.submit("failed", PROMPT, GREEDY)
+    step = driver.scheduler.schedule()
+    assert step is not None
+    assert step.plan.removed == (0,)
+    driver.scheduler.fail([step], "broken before the runner saw it")
+    driver.submit("next", PROMPT, GREEDY)
+    driver.run()
+    assert driver.tokens("next") == expected_tokens(PROMPT, GREEDY, VOCAB)
+
+
 def test_constrained_sequence_waits_for_its_token_while_others_run_ahead():
     driver = Driver(make_limits(max_inflight=2))
     constraint = OneAtATime()
