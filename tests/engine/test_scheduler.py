@@ -286,18 +286,20 @@ class OneAtATime:
         return ()
 
 
-def test_row_whose_removal_was_in_a_failed_step_is_removed_again():
-    driver = Driver(make_limits(max_num_seqs=1))
-    driver.submit("done", PROMPT, SamplingParams(max_tokens=1))
+def test_rows_whose_removal_was_in_a_failed_step_are_removed_again():
+    driver = Driver(make_limits(max_num_seqs=2))
+    for name in ("a", "b"):
+        driver.submit(name, PROMPT[:4], SamplingParams(max_tokens=1))
     driver.round()
-    driver.submit("failed", PROMPT, GREEDY)
+    driver.submit("failed", PROMPT, GREEDY)  # takes one of the two rows
     step = driver.scheduler.schedule()
     assert step is not None
-    assert step.plan.removed == (0,)
+    assert sorted(step.plan.removed) == [0, 1]
     driver.scheduler.fail([step], "broken before the runner saw it")
-    driver.submit("next", PROMPT, GREEDY)
+    for name in ("c", "d"):
+        driver.submit(name, PROMPT, GREEDY)
     driver.run()
-    assert driver.tokens("next") == expected_tokens(PROMPT, GREEDY, VOCAB)
+    assert driver.tokens("c") == driver.tokens("d") == expected_tokens(PROMPT, GREEDY, VOCAB)
 
 
 def test_constrained_sequence_waits_for_its_token_while_others_run_ahead():
