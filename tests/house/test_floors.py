@@ -18,6 +18,7 @@ FLOORS = {
     "app.factory": 5,
     "app.main": 5,
     "app.cli": 5,
+    "app.bench": 5,
 }
 ONLY_THE_SEAM = ("app.engine", "app.protocol", "app.api")
 

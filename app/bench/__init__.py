@@ -1,0 +1,1 @@
+"""Timing this server beside others on a CPU, through HTTP: who, with what, how, the table."""
