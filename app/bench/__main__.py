@@ -17,6 +17,7 @@ from pathlib import Path
 
 from app.bench.arriero import ARRIERO
 from app.bench.environments import make_environment
+from app.bench.openvino import OPENVINO
 from app.bench.peer import Model, Peer, Workplace
 from app.bench.rounds import Plan, run_rounds
 from app.bench.shapes import FIRST_WORD_ID, SHAPES, VOCAB_SIZE, write_checkpoint
@@ -24,7 +25,7 @@ from app.bench.table import markdown
 from app.bench.workload import QUICK, Workload
 from app.settings import read_environment
 
-PEERS: tuple[Peer, ...] = (*ARRIERO,)
+PEERS: tuple[Peer, ...] = (*ARRIERO, *OPENVINO)
 DEMO = "demo"
 
 

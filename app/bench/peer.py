@@ -3,6 +3,7 @@
 The vocabulary that every other file of this folder shares; it starts nothing itself.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,15 @@ class WireRequest:
 
     path: str
     body: dict[str, object]
+
+
+def replace_folder(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Make a folder under another name first, so that one that exists is whole."""
+    draft = folder.with_name(folder.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    make(draft)
+    return draft.rename(folder)
 
 
 def completion_request(

@@ -1,0 +1,50 @@
+"""OpenVINO GenAI: converted by optimum-intel in one environment, served from another."""
+
+from pathlib import Path
+
+from app.bench.environments import run_logged
+from app.bench.peer import (
+    CAPACITY_TOKENS,
+    Environment,
+    Launch,
+    Model,
+    Peer,
+    PeerFault,
+    Workplace,
+    replace_folder,
+)
+
+_SERVER = Environment(name="openvino", requirements=("openvino-genai", "numpy"))
+# The torch that this project pins: another would be downloaded, by default with CUDA.
+_CONVERTER = Environment(name="optimum", requirements=("optimum-intel[openvino]", "torch==2.13.0"))
+
+
+def openvino(bits: int) -> Peer:
+    """Return the peer with weights of 8 bits (a scale a channel) or 4 (groups of 64 or 128)."""
+
+    def prepare(model: Model, workplace: Workplace) -> Path:
+        workplace.python_of(_SERVER)
+        if model.checkpoint is None:
+            raise PeerFault("not converted: the model is a GGUF file without a checkpoint")
+        folder = workplace.cache / "models" / f"{model.name}-openvino-int{bits}"
+        if folder.is_dir():
+            return folder
+        optimum = workplace.python_of(_CONVERTER).with_name("optimum-cli")
+        flags = ["--task", "text-generation-with-past", "--weight-format", f"int{bits}"]
+        flags += ["--group-size-fallback", "adjust"] if bits == 4 else []
+
+        def convert(draft: Path) -> None:
+            command = [str(optimum), "export", "openvino", "--model", str(model.checkpoint)]
+            run_logged([*command, *flags, str(draft)], workplace.cache / "logs" / "optimum.log")
+
+        return replace_folder(folder, convert)
+
+    def command(launch: Launch, workplace: Workplace) -> list[str]:
+        script = Path(__file__).with_name("openvino_server.py")
+        python = workplace.python_of(_SERVER)
+        return [str(python), str(script), str(launch.model), str(launch.port), str(CAPACITY_TOKENS)]
+
+    return Peer(name=f"OpenVINO int{bits}", bits=bits, prepare=prepare, command=command)
+
+
+OPENVINO = (openvino(8), openvino(4))
