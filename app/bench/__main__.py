@@ -17,15 +17,18 @@ from pathlib import Path
 
 from app.bench.arriero import ARRIERO
 from app.bench.environments import make_environment
+from app.bench.llama_cpp import LLAMA_CPP
 from app.bench.openvino import OPENVINO
 from app.bench.peer import Model, Peer, Workplace
 from app.bench.rounds import Plan, run_rounds
 from app.bench.shapes import FIRST_WORD_ID, SHAPES, VOCAB_SIZE, write_checkpoint
 from app.bench.table import markdown
+from app.bench.transformers_serve import TRANSFORMERS
+from app.bench.vllm_cpu import VLLM_CPU
 from app.bench.workload import QUICK, Workload
 from app.settings import read_environment
 
-PEERS: tuple[Peer, ...] = (*ARRIERO, *OPENVINO)
+PEERS: tuple[Peer, ...] = (*ARRIERO, *LLAMA_CPP, *OPENVINO, *VLLM_CPU, *TRANSFORMERS)
 DEMO = "demo"
 
 

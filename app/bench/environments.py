@@ -18,18 +18,21 @@ def make_environment(environment: Environment, cache: Path) -> Path:
     folder = cache / "env" / environment.name
     stamp = folder / "installed.txt"
     python = folder / "bin" / "python"
-    wanted = "\n".join([*environment.requirements, *environment.variables])
+    wanted = "\n".join([*environment.requirements, *environment.variables, *environment.without])
     if stamp.exists() and stamp.read_text("utf-8") == wanted:
         return python
     if not python.exists():
         shutil.rmtree(folder, ignore_errors=True)
         run_logged([sys.executable, "-m", "venv", str(folder)], cache / "logs" / "venv.log")
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     run_logged(
-        ["env", *environment.variables, *pip, *environment.requirements],
+        ["env", *environment.variables, *pip, "install", *environment.requirements],
         cache / "logs" / f"install-{environment.name}.log",
         timeout_s=INSTALL_TIMEOUT_S,
     )
+    if environment.without:
+        log = cache / "logs" / f"uninstall-{environment.name}.log"
+        run_logged([*pip, "uninstall", "-y", *environment.without], log)
     stamp.write_text(wanted, "utf-8")
     return python
 

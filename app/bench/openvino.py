@@ -16,7 +16,11 @@ from app.bench.peer import (
 
 _SERVER = Environment(name="openvino", requirements=("openvino-genai", "numpy"))
 # The torch that this project pins: another would be downloaded, by default with CUDA.
-_CONVERTER = Environment(name="optimum", requirements=("optimum-intel[openvino]", "torch==2.13.0"))
+_CONVERTER = Environment(
+    name="optimum",
+    requirements=("optimum-intel[openvino]", "torch==2.13.0"),
+    without=("torchvision",),
+)
 
 
 def openvino(bits: int) -> Peer:
@@ -41,8 +45,15 @@ def openvino(bits: int) -> Peer:
 
     def command(launch: Launch, workplace: Workplace) -> list[str]:
         script = Path(__file__).with_name("openvino_server.py")
-        python = workplace.python_of(_SERVER)
-        return [str(python), str(script), str(launch.model), str(launch.port), str(CAPACITY_TOKENS)]
+        python = workplace.python_of(_SERVER)  # -P: a file beside the script is named openvino too
+        return [
+            str(python),
+            "-P",
+            str(script),
+            str(launch.model),
+            str(launch.port),
+            str(CAPACITY_TOKENS),
+        ]
 
     return Peer(name=f"OpenVINO int{bits}", bits=bits, prepare=prepare, command=command)
 

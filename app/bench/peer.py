@@ -29,11 +29,16 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """A virtual environment of its own; `variables` hold for its installation alone."""
+    """A virtual environment of its own; `variables` hold for its installation alone.
+
+    `without` is taken out again: torchvision is built for one torch, text needs none of it, and
+    libraries fail on one that does not fit where they would do without.
+    """
 
     name: str
     requirements: tuple[str, ...]
     variables: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
