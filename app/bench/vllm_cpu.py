@@ -28,10 +28,12 @@ def _prepare(model: Model, workplace: Workplace) -> Path:
 
 
 def _command(launch: Launch, workplace: Workplace) -> list[str]:
-    program = workplace.python_of(_ENVIRONMENT).with_name("vllm")
+    python = workplace.python_of(_ENVIRONMENT)
     # Gibibytes for K/V, as it takes them; without, half of the machine.
     start = ["env", "VLLM_CPU_KVCACHE_SPACE=1", f"OMP_NUM_THREADS={launch.num_threads}"]
-    start += [str(program), "serve", str(launch.model), "--served-model-name", "bench"]
+    # Its `vllm serve` looks for a distribution named vllm, which this one (vllm-cpu) is not.
+    start += [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    start += ["--model", str(launch.model), "--served-model-name", "bench"]
     limits = ["--max-num-seqs", str(MAX_SEQUENCES), "--max-model-len", str(MAX_MODEL_LEN)]
     address = ["--host", "127.0.0.1", "--port", str(launch.port)]
     return [*start, *limits, *address, "--no-enable-prefix-caching", "--dtype", "bfloat16"]
