@@ -1,13 +1,22 @@
 """`transformers serve`, the reference most people know, in bfloat16 and in float32.
 
-It takes texts, not ids: the words of the shapes' vocabulary map one to one. Without continuous
-batching, since that has no attention kernel for CPUs; its requests then run one after another.
+It takes texts, not ids: the words of the shapes' vocabulary map one to one. With its continuous
+batching, without which its requests run one after another.
 """
 
 import json
 from pathlib import Path
 
-from app.bench.peer import Environment, Launch, Model, Peer, PeerFault, WireRequest, Workplace
+from app.bench.peer import (
+    CAPACITY_TOKENS,
+    Environment,
+    Launch,
+    Model,
+    Peer,
+    PeerFault,
+    WireRequest,
+    Workplace,
+)
 from app.bench.shapes import words
 
 _ENVIRONMENT = Environment(
@@ -24,6 +33,8 @@ def transformers_serve(name: str, bits: int, dtype: str) -> Peer:
         program = workplace.python_of(_ENVIRONMENT).with_name("transformers")
         start = ["env", "HF_HUB_OFFLINE=1", f"OMP_NUM_THREADS={launch.num_threads}", str(program)]
         start += ["serve", str(launch.model), "--device", "cpu", "--dtype", dtype]
+        start += ["--continuous-batching", "--cb-block-size", "32", "--cb-max-batch-tokens", "512"]
+        start += ["--cb-num-blocks", str(CAPACITY_TOKENS // 32)]
         return [*start, "--host", "127.0.0.1", "--port", str(launch.port)]
 
     return Peer(name=name, bits=bits, prepare=_prepare, command=command, request=_request)
