@@ -18,7 +18,7 @@ _SERVER = Environment(name="openvino", requirements=("openvino-genai", "numpy"))
 # The torch that this project pins: another would be downloaded, by default with CUDA.
 _CONVERTER = Environment(
     name="optimum",
-    requirements=("optimum-intel[openvino]", "torch==2.13.0"),
+    requirements=("optimum-intel[openvino]", "torch==2.13.0", "gguf", "accelerate"),
     without=("torchvision",),
 )
 
@@ -28,8 +28,6 @@ def openvino(bits: int) -> Peer:
 
     def prepare(model: Model, workplace: Workplace) -> Path:
         workplace.python_of(_SERVER)
-        if model.checkpoint is None:
-            raise PeerFault("not converted: the model is a GGUF file without a checkpoint")
         folder = workplace.cache / "models" / f"{model.name}-openvino-int{bits}"
         if folder.is_dir():
             return folder
@@ -37,8 +35,10 @@ def openvino(bits: int) -> Peer:
         flags = ["--task", "text-generation-with-past", "--weight-format", f"int{bits}"]
         flags += ["--group-size-fallback", "adjust"] if bits == 4 else []
 
+        checkpoint = model.checkpoint or _unpacked(model, workplace)
+
         def convert(draft: Path) -> None:
-            command = [str(optimum), "export", "openvino", "--model", str(model.checkpoint)]
+            command = [str(optimum), "export", "openvino", "--model", str(checkpoint)]
             run_logged([*command, *flags, str(draft)], workplace.cache / "logs" / "optimum.log")
 
         return replace_folder(folder, convert)
@@ -56,6 +56,31 @@ def openvino(bits: int) -> Peer:
         ]
 
     return Peer(name=f"OpenVINO int{bits}", bits=bits, prepare=prepare, command=command)
+
+
+_UNPACK = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, name, target = sys.argv[1:]
+for kind in (AutoModelForCausalLM, AutoTokenizer):
+    kind.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+"""
+
+
+def _unpacked(model: Model, workplace: Workplace) -> Path:
+    """Return the checkpoint of a GGUF file, which is quantised anew."""
+    if model.gguf is None:
+        raise PeerFault("the model has neither a GGUF file nor a checkpoint")
+    folder = workplace.cache / "models" / f"{model.name}-unpacked"
+    if folder.is_dir():
+        return folder
+    python, where = workplace.python_of(_CONVERTER), [str(model.gguf.parent), model.gguf.name]
+
+    def unpack(draft: Path) -> None:
+        log = workplace.cache / "logs" / "unpack.log"
+        run_logged([str(python), "-c", _UNPACK, *where, str(draft)], log)
+
+    return replace_folder(folder, unpack)
 
 
 OPENVINO = (openvino(8), openvino(4))
