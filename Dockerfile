@@ -5,6 +5,7 @@ ARG BASE=python:3.12-slim
 FROM ${BASE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
 RUN python3 -m venv /opt/arriero
 ENV PATH=/opt/arriero/bin:$PATH
 COPY constraints.txt ./
@@ -13,7 +14,8 @@ RUN pip install --no-cache-dir --index-url "${TORCH_INDEX}" \
 COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY model model
-RUN pip install --no-cache-dir -c constraints.txt .
+# One native library a level of instructions; which one runs is decided where it starts.
+RUN pip install --no-cache-dir -c constraints.txt . && cd / && python -m model.cpu.build
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title=arriero \

@@ -45,7 +45,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--download-dir", help="where hub files are kept")
     formats = ["auto", "safetensors", "gguf", "meta", "dummy"]
     add("--load-format", choices=formats, default="auto", help="dummy: random weights")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16: no quantization")
+    add("--quantization", "-q", choices=["auto", "none", "int8", "int4"], default="auto",
+        help="of weights, on a CPU; auto: int4 for 4-bit GGUF files, else int8")  # fmt: skip
+    add("--kv-cache-dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto",
+        help="of keys and values")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--max-model-len", type=_positive, help="longest prompt and completion together")
     add("--max-num-seqs", type=_positive, help="sequences that run at once")
@@ -138,6 +142,8 @@ def _load_options(args: argparse.Namespace, model: str, environment: Environment
         offline=environment.is_offline,
         load_format=args.load_format,
         dtype=args.dtype,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         device=args.device,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -147,6 +153,7 @@ def _load_options(args: argparse.Namespace, model: str, environment: Environment
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         generation_config=args.generation_config,
         seed=args.seed,
+        cache_dir=str(environment.cache_dir),
     )
 
 

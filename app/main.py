@@ -95,6 +95,7 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
         defaults=info.generation,
         eos_token_ids=frozenset(ends),
         system_fingerprint=info.fingerprint,
+        precision=info.precision.name,
         metrics=RequestMetrics(command.served_model_names[0], engine.stats),
     )
 
@@ -108,7 +109,7 @@ def plan_lines(info: ModelInfo) -> list[str]:
 
     return [
         f"model {info.source} ({info.load_format}), {config.num_parameters / 1e6:,.1f} M "
-        f"parameters, {info.dtype} on {plan.device}",
+        f"parameters, {info.precision.name} on {plan.device}",
         f"memory: weights {mib(plan.weights_bytes)}, K/V {mib(plan.kv_cache_bytes)} "
         f"({plan.num_blocks} blocks of {plan.block_size} tokens, {plan.kv_bytes_per_token} bytes "
         f"a token), work space {mib(plan.workspace_bytes)}",

@@ -208,6 +208,8 @@ class LoadOptions:
     offline: bool = False
     load_format: LoadFormat = "auto"
     dtype: str = "auto"
+    quantization: Literal["auto", "none", "int8", "int4"] = "auto"
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -217,3 +219,4 @@ class LoadOptions:
     kv_cache_memory_bytes: int | None = None
     generation_config: Literal["auto", "vllm"] = "auto"
     seed: int = 0  # of dummy weights
+    cache_dir: str = ""  # where the native CPU step is compiled to

@@ -8,26 +8,24 @@ import torch
 from torch import Tensor
 
 from model.config import GenerationDefaults, LoadOptions, ModelConfig
+from model.cpu.library import Library
+from model.cpu.network import NativeNetwork, Sizes
+from model.cpu.threads import available_threads
 from model.errors import ConfigError
 from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
 from model.memory import MemoryPlan, plan_memory
+from model.network import Network
+from model.precision import DTYPES, Precision, choose_precision
 from model.runner import ModelRunner
 from model.step import Runner, RunnerLimits
 from model.tokenizer import Tokenizer
 from model.tokenizers import load_tokenizer
 from model.weights.checkpoint import Checkpoint, open_checkpoint
+from model.weights.tensors import PackedTensor
 
 Progress = Callable[[int, int], None]
 """Called while weights load, with the bytes done and the bytes in all."""
-
-DTYPES = {
-    "float32": torch.float32,
-    "float": torch.float32,
-    "float16": torch.float16,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +35,7 @@ class ModelInfo:
     source: str  # the resolved folder or file
     load_format: str
     config: ModelConfig
-    dtype: str
+    precision: Precision
     generation: GenerationDefaults
     eos_token_ids: tuple[int, ...]
     plan: MemoryPlan
@@ -79,26 +77,14 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
 def _build_runner(
     info: ModelInfo, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
 ) -> ModelRunner:
-    plan, config, dtype = info.plan, info.config, DTYPES[info.dtype]
-    num_done = 0
-
-    def read(name: str) -> Tensor:
-        nonlocal num_done
-        tensor = checkpoint.read(name).to(device=device, dtype=dtype).contiguous()
-        num_done += checkpoint.stored_bytes(name)
-        if progress is not None:
-            progress(num_done, checkpoint.num_bytes)
-        return tensor
-
-    pool = KVPool(
-        config,
-        num_blocks=plan.num_blocks,
-        block_size=plan.block_size,
-        dtype=dtype,
-        device=device,
-    )
+    plan, config, precision = info.plan, info.config, info.precision
+    weights = _Reader(checkpoint, progress)
     with torch.inference_mode():
-        network = LlamaNetwork(config, read, pool, plan.max_model_len)
+        network: Network
+        if precision.library:
+            network = _native_network(config, precision, plan, weights)
+        else:
+            network = _torch_network(config, precision, plan, weights, device)
     limits = RunnerLimits(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -111,18 +97,84 @@ def _build_runner(
     return ModelRunner(network, limits, device)
 
 
+class _Reader:
+    """Reads a checkpoint's tensors and tells how far it has come."""
+
+    def __init__(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        self._checkpoint = checkpoint
+        self._progress = progress
+        self._num_done = 0
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._checkpoint.read(name)
+        self._count(name)
+        return tensor
+
+    def packed(self, name: str) -> PackedTensor | None:
+        packed = self._checkpoint.packed(name)
+        if packed is not None:
+            self._count(name)
+        return packed
+
+    def _count(self, name: str) -> None:
+        self._num_done += self._checkpoint.stored_bytes(name)
+        if self._progress is not None:
+            num_bytes = self._checkpoint.num_bytes
+            self._progress(min(self._num_done, num_bytes), num_bytes)
+
+
+def _torch_network(
+    config: ModelConfig,
+    precision: Precision,
+    plan: MemoryPlan,
+    weights: _Reader,
+    device: torch.device,
+) -> LlamaNetwork:
+    dtype = DTYPES[precision.dtype]
+    pool = KVPool(
+        config, num_blocks=plan.num_blocks, block_size=plan.block_size, dtype=dtype, device=device
+    )
+
+    def read(name: str) -> Tensor:
+        return weights.read(name).to(device=device, dtype=dtype).contiguous()
+
+    return LlamaNetwork(config, read, pool, plan.max_model_len)
+
+
+def _native_network(
+    config: ModelConfig, precision: Precision, plan: MemoryPlan, weights: _Reader
+) -> NativeNetwork:
+    assert precision.library is not None
+    library = Library(precision.library, available_threads())
+    # What torch still does is small, and its own waiting threads would hold up the native ones.
+    torch.set_num_threads(1)
+    return NativeNetwork(
+        config,
+        weights,
+        library,
+        scheme=precision.quantization,
+        kv_dtype=DTYPES[precision.kv_cache_dtype],
+        sizes=Sizes(
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            max_model_len=plan.max_model_len,
+            max_tokens=plan.max_num_batched_tokens,
+        ),
+    )
+
+
 def _describe(options: LoadOptions, checkpoint: Checkpoint, device: torch.device) -> ModelInfo:
     config = checkpoint.config
-    dtype = _pick_dtype(options, config, device)
-    numerics = f"{checkpoint.fingerprint} {dtype} {device.type} {torch.__version__}"
+    precision = choose_precision(options, checkpoint, device)
+    numerics = f"{checkpoint.fingerprint} {precision.name} {device.type} {torch.__version__}"
     return ModelInfo(
         source=str(checkpoint.source),
         load_format=checkpoint.load_format,
         config=config,
-        dtype=dtype,
+        precision=precision,
         generation=checkpoint.generation,
         eos_token_ids=checkpoint.eos_token_ids,
-        plan=plan_memory(options, config, DTYPES[dtype], device),
+        plan=plan_memory(options, config, precision, device),
         fingerprint="fp_" + hashlib.sha256(numerics.encode()).hexdigest()[:12],
     )
 
@@ -139,14 +191,3 @@ def _pick_device(options: LoadOptions) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: torch sees no CUDA device")
     return device
-
-
-def _pick_dtype(options: LoadOptions, config: ModelConfig, device: torch.device) -> str:
-    """Take the checkpoint's own on a GPU; on a CPU float32, which is exact and no slower."""
-    if options.dtype == "auto":
-        if device.type == "cpu":
-            return "float32"
-        return "bfloat16" if config.dtype == "float32" else config.dtype
-    if options.dtype not in DTYPES:
-        raise ConfigError(f"--dtype {options.dtype}: choose one of auto, {', '.join(DTYPES)}")
-    return str(DTYPES[options.dtype]).removeprefix("torch.")

@@ -10,6 +10,7 @@ from model.config import LoadOptions, ModelConfig
 from model.errors import ConfigError, ResourceError
 from model.kv_pool import kv_bytes_per_token
 from model.layers.linear import ROW_TILE
+from model.precision import DTYPES, Precision
 
 CPU_KV_CACHE_BYTES = 4 << 30  # unless --kv-cache-memory-bytes says otherwise
 CPU_KV_CACHE_SHARE = 0.4  # of what is available once the weights are in
@@ -32,7 +33,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    options: LoadOptions, config: ModelConfig, dtype: torch.dtype, device: torch.device
+    options: LoadOptions, config: ModelConfig, precision: Precision, device: torch.device
 ) -> MemoryPlan:
     """Decide sizes before anything is allocated. Raises ConfigError or ResourceError."""
     max_num_seqs = options.max_num_seqs or (256 if device.type == "cuda" else 32)
@@ -44,10 +45,14 @@ def plan_memory(
             f"--max-num-batched-tokens {max_num_batched_tokens} is less than --max-num-seqs "
             f"{max_num_seqs}: every sequence needs a token a step"
         )
-    weights = config.num_parameters * dtype.itemsize
-    workspace = _workspace_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
+    weights = precision.weights_bytes
+    if precision.library:
+        workspace = _native_workspace_bytes(config, max_num_batched_tokens, max_num_seqs)
+    else:
+        dtype = DTYPES[precision.dtype]
+        workspace = _workspace_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
     wanted = _wanted_model_len(options, config)
-    per_token = kv_bytes_per_token(config, dtype)
+    per_token = kv_bytes_per_token(config, DTYPES[precision.kv_cache_dtype])
     per_block = per_token * options.block_size
     most = max_num_seqs * -(-wanted // options.block_size)
     budget = _kv_budget(options, device, weights + workspace)
@@ -125,6 +130,16 @@ def _workspace_bytes(
     num_tiles = num_seqs + tokens * config.num_heads // (config.num_kv_heads * ROW_TILE)
     logits = (-(-num_seqs // ROW_TILE) * ROW_TILE) * config.vocab_size * 4 * 2
     return tokens * stream * dtype.itemsize + num_tiles * tile + logits
+
+
+def _native_workspace_bytes(config: ModelConfig, num_tokens: int, num_seqs: int) -> int:
+    """Sum what a native step allocates once, and the logits of the largest step."""
+    q_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    widest = max(config.hidden_size, q_size, config.intermediate_size)
+    floats = 3 * config.hidden_size + 2 * q_size + 2 * kv_size + 2 * config.intermediate_size
+    rows = num_tokens * (4 * floats + widest + widest // 32 * 8)
+    return rows + num_seqs * config.vocab_size * 4 * 2
 
 
 def available_host_bytes() -> int:

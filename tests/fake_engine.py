@@ -193,5 +193,6 @@ def make_context(engine: FakeEngine, *, has_template: bool = True) -> ServingCon
         defaults=GenerationDefaults(),
         eos_token_ids=frozenset({EOS}),
         system_fingerprint="fp_fake",
+        precision="float32, float32 K/V, torch",
         metrics=RequestMetrics("fake", engine.stats),
     )

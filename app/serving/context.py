@@ -24,6 +24,7 @@ class ServingContext:
     defaults: GenerationDefaults
     eos_token_ids: frozenset[int]
     system_fingerprint: str
+    precision: str  # in words
     metrics: RequestMetrics
     created: int = field(default_factory=lambda: int(time.time()))
 

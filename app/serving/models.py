@@ -25,4 +25,5 @@ def _card(context: ServingContext, name: str) -> JsonObject:
         "root": context.model_names[0],
         "parent": None,
         "max_model_len": context.max_model_len,
+        "precision": context.precision,
     }

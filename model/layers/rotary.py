@@ -32,6 +32,11 @@ class RotaryEmbedding:
         sin = self._sin[positions].to(dtype).unsqueeze(1)
         return cos, sin
 
+    def half_tables(self) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [max_model_len, D / 2], float32: the other half is the same."""
+        half = self._cos.shape[1] // 2
+        return self._cos[:, :half].contiguous(), self._sin[:, :half].contiguous()
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs of x [T, H, D] by the angles of its tokens."""

@@ -10,11 +10,12 @@ from torch import Tensor
 from model.config import LoadOptions, ModelConfig
 from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
+from model.network import Network
 from model.rows import Rows
 from model.step import NewRow, PlanRow, RunnerLimits, SamplingParams
 from model.weights.checkpoint import open_checkpoint
 
-BLOCK_SIZE = 4
+BLOCK_SIZE = 16
 MAX_MODEL_LEN = 320
 
 
@@ -62,7 +63,7 @@ class Walk:
 class Schedule:
     """Steps over a network in which the test says who computes how many tokens."""
 
-    def __init__(self, config: ModelConfig, network: LlamaNetwork, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, network: Network, seed: int = 0) -> None:
         self._network = network
         limits = make_limits(config)
         self._rows = Rows(limits, torch.device("cpu"))
@@ -113,7 +114,7 @@ class Schedule:
 
 
 @torch.inference_mode()
-def logits_alone(config: ModelConfig, network: LlamaNetwork, token_ids: list[int]) -> Tensor:
+def logits_alone(config: ModelConfig, network: Network, token_ids: list[int]) -> Tensor:
     """The logits [len, V] of a sequence computed alone, in one chunk."""
     schedule = Schedule(config, network)
     walk = schedule.add(token_ids)

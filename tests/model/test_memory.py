@@ -1,11 +1,14 @@
 """The memory plan: what is asked for fits, or is refused in one line that says what to change."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model.config import LoadOptions, ModelConfig, RopeConfig
 from model.errors import ConfigError, ResourceError
 from model.memory import available_host_bytes, plan_memory
+from model.precision import Precision
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -27,8 +30,16 @@ LAYER = [*ATTENTION, (128, 64), (128, 64), (64, 128), (64,)]
 BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
 
 
-def plan(**options):
-    return plan_memory(LoadOptions(model="m", **options), CONFIG, torch.float32, CPU)
+PRECISION = Precision(
+    quantization="none",
+    dtype="float32",
+    kv_cache_dtype="float32",
+    weights_bytes=4 * CONFIG.num_parameters,
+)
+
+
+def plan(precision=PRECISION, **options):
+    return plan_memory(LoadOptions(model="m", **options), CONFIG, precision, CPU)
 
 
 def test_pool_never_holds_more_than_all_sequences_can_use():
@@ -68,3 +79,8 @@ def test_fewer_tokens_a_step_than_sequences_is_refused():
 
 def test_available_memory_is_read_from_the_machine():
     assert 1 << 20 < available_host_bytes() < 1 << 50
+
+
+def test_keys_and_values_in_16_bits_take_half_the_room():
+    half = plan(replace(PRECISION, kv_cache_dtype="float16"))
+    assert half.kv_bytes_per_token * 2 == plan().kv_bytes_per_token == BYTES_PER_TOKEN

@@ -1,0 +1,172 @@
+"""Weights in the native layouts: who holds the memory, and how a tensor becomes a matrix.
+
+Schemes, and why each matrix is quantised as it is, are in `docs/quantization.md`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.cpu.library import (
+    BLOCK_TYPES,
+    PANEL,
+    WEIGHTS_FLOAT32,
+    WEIGHTS_INT4,
+    WEIGHTS_INT8,
+    Library,
+    Matrix,
+    RotationTable,
+    pointer,
+)
+from model.weights.tensors import PackedTensor
+
+BLOCK_GROUP = 32  # of GGUF's blocks
+SLAB_BYTES = 32 << 20
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a matrix is to be stored: `group` columns share a scale; 0: all of a row."""
+
+    kind: int
+    group: int = 0
+
+
+FLOAT32 = Form(WEIGHTS_FLOAT32)
+INT8 = Form(WEIGHTS_INT8)
+INT8_BY_64 = Form(WEIGHTS_INT8, 64)
+INT8_BY_32 = Form(WEIGHTS_INT8, BLOCK_GROUP)
+INT4 = Form(WEIGHTS_INT4, BLOCK_GROUP)
+
+
+class Arena:
+    """Zeroed memory for weights, in slabs large enough for the kernel's huge pages."""
+
+    def __init__(self) -> None:
+        self._slabs: list[Tensor] = []
+        self._free = torch.empty(0, dtype=torch.uint8)
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Return zeroed bytes that live as long as the arena, aligned to a cache line."""
+        size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        if size > self._free.numel():
+            slab = torch.from_numpy(np.zeros(max(size, SLAB_BYTES) + _ALIGNMENT, dtype=np.uint8))
+            self._slabs.append(slab)
+            self._free = slab[-slab.data_ptr() % _ALIGNMENT :]
+        taken, self._free = self._free[:size], self._free[size:]
+        self.num_bytes += size
+        return taken[:num_bytes]
+
+    def keep(self, values: Tensor) -> Tensor:
+        """Return a copy of some values that lives as long as the arena."""
+        memory = self.take(values.numel() * values.element_size())
+        copy = memory.view(values.dtype).view(values.shape)
+        copy.copy_(values)
+        return copy
+
+
+class Packer:
+    """Turns tensors into matrices in an arena."""
+
+    def __init__(self, library: Library, arena: Arena) -> None:
+        self._library = library
+        self._arena = arena
+
+    def pack(self, values: Tensor, form: Form, bias: Tensor | None = None) -> Matrix:
+        """Quantise float32 values [rows, cols]."""
+        rows, cols = values.shape
+        largest = float(values.abs().max()) if form.kind != WEIGHTS_FLOAT32 else 0.0
+        matrix = self._allocate(rows, cols, form, _factor(largest, form), bias)
+        self._library.pack_values(matrix, values.contiguous())
+        return matrix
+
+    def repack(self, packed: PackedTensor, bias: Tensor | None = None) -> Matrix:
+        """Take over GGUF's blocks, of a type in BLOCK_TYPES, without changing their codes."""
+        rows, cols = packed.shape
+        form = INT8_BY_32 if packed.type == "Q8_0" else INT4
+        matrix = self._allocate(rows, cols, form, 1.0, bias)
+        source_rows = None
+        if packed.num_heads is not None:
+            order = torch.arange(rows, dtype=torch.int32).view(packed.num_heads, -1, 2)
+            source_rows = order.transpose(1, 2).contiguous().flatten()
+        blocks = np.ascontiguousarray(packed.blocks)
+        self._library.pack_blocks(
+            matrix, BLOCK_TYPES[packed.type], blocks.ctypes.data, blocks.shape[1], source_rows
+        )
+        return matrix
+
+    def _allocate(
+        self, rows: int, cols: int, form: Form, factor: float, bias: Tensor | None
+    ) -> Matrix:
+        group = form.group or -(-cols // 4) * 4
+        padded = cols if form.kind == WEIGHTS_FLOAT32 else -(-cols // group) * group
+        panels = -(-rows // PANEL)
+        bits = {WEIGHTS_FLOAT32: 32, WEIGHTS_INT8: 8, WEIGHTS_INT4: 4}[form.kind]
+        matrix = Matrix(
+            kind=form.kind,
+            rows=rows,
+            cols=cols,
+            group=group,
+            padded_cols=padded,
+            factor=factor,
+            weights=pointer(self._arena.take(panels * PANEL * padded * bits // 8)),
+        )
+        num_scale_bytes = panels * PANEL * (padded // group) * 2
+        if form.kind != WEIGHTS_FLOAT32:
+            matrix.scales = pointer(self._arena.take(num_scale_bytes))
+        if form.kind == WEIGHTS_INT4:
+            matrix.minima = pointer(self._arena.take(num_scale_bytes))
+        if bias is not None:
+            matrix.bias = pointer(self._arena.keep(bias.to(torch.float32)))
+        return matrix
+
+
+def _factor(largest: float, form: Form) -> float:
+    """Return the power of two in whose units the largest scale is near the top of float16.
+
+    Rows of one matrix may differ by much; what is left below is for the small ones.
+    """
+    if largest == 0 or not math.isfinite(largest):
+        return 1.0
+    bits = 15 if form.kind == WEIGHTS_INT4 else 22  # int8: largest / 127; int4: the minima
+    return 2.0 ** (math.frexp(largest)[1] - bits)
+
+
+class Rotation:
+    """A fixed random rotation of the residual stream, and what it does to weights.
+
+    QuaRot (Ashkboos et al., arXiv 2404.00456): activations of a Llama have a few channels far
+    larger than the rest, which ruin a common scale; in a rotated basis there are none.
+    """
+
+    def __init__(self, library: Library, arena: Arena, size: int, seed: int) -> None:
+        self._library = library
+        self._arena = arena  # the table points into it
+        block = size & -size  # the largest power of two that divides it
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
+        odd = size // block
+        mixing = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))[0]
+        self.table = RotationTable(
+            size=size,
+            block=block,
+            mixing=pointer(arena.keep(mixing.to(torch.float32).contiguous())),
+            signs=pointer(arena.keep(signs)),
+        )
+
+    def inputs(self, weight: Tensor) -> Tensor:
+        """Return W Qᵀ for W [rows, size]: a product that takes rotated rows."""
+        rotated = weight.to(torch.float32, copy=True).contiguous()
+        self._library.rotate(self.table, rotated)
+        return rotated
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """Return Q W for W [size, cols] or [size]: a product that gives rotated rows."""
+        if weight.dim() == 1:
+            return self.inputs(weight[None])[0]
+        return self.inputs(weight.T).T

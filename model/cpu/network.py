@@ -1,0 +1,257 @@
+"""A Llama whose step runs natively, in one call without the interpreter.
+
+Which matrix is stored how is decided here. With int8 everything runs in a rotated basis, whose
+hidden states are rotated back before they leave; with int4 the blocks of a GGUF file are taken
+as they are, and what is not in 4 bits there is kept in 8.
+"""
+
+from ctypes import c_void_p
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.cpu.library import (
+    BLOCK_TYPES,
+    KV_KINDS,
+    MAX_HEAD_DIM,
+    TILE,
+    Layer,
+    Library,
+    Matrix,
+    Model,
+    RotationTable,
+    Step,
+    int32_array,
+    pointer,
+)
+from model.cpu.matrices import (
+    FLOAT32,
+    INT4,
+    INT8,
+    INT8_BY_32,
+    INT8_BY_64,
+    Arena,
+    Form,
+    Packer,
+    Rotation,
+)
+from model.errors import ConfigError
+from model.layers.rotary import RotaryEmbedding
+from model.network import StepInputs
+from model.weights.tensors import EMBEDDING, HEAD, NORM, PackedTensor
+
+Quantization = Literal["none", "int8", "int4"]
+ROTATION_SEED = 0x6172726965726F
+
+
+class Weights(Protocol):
+    """Where weights come from, by Hugging Face's names."""
+
+    def read(self, name: str) -> Tensor: ...
+
+    def packed(self, name: str) -> PackedTensor | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What is allocated beside the weights."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_tokens: int  # of a step
+
+
+class NativeNetwork:
+    """Network over the C library; owns weights and K/V."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        library: Library,
+        *,
+        scheme: Quantization,
+        kv_dtype: torch.dtype,
+        sizes: Sizes,
+    ) -> None:
+        check_support(config, sizes.block_size)
+        self._config = config
+        self._max_tokens = sizes.max_tokens
+        self._arena = Arena()
+        self._pool = _kv_pool(config, sizes.num_blocks * sizes.block_size // TILE, kv_dtype)
+        rotary = RotaryEmbedding(config, sizes.max_model_len, torch.device("cpu"))
+        self._cos, self._sin = rotary.half_tables()
+        loader = _Loader(config, weights, library, self._arena, scheme)
+        self._layers = (Layer * config.num_layers)(
+            *(loader.layer(i, self._pool[i]) for i in range(config.num_layers))
+        )
+        embedding, head = loader.embedding_and_head()
+        model = Model(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=sizes.block_size,
+            kv_kind=KV_KINDS[kv_dtype],
+            max_tokens=sizes.max_tokens,
+            norm_eps=config.rms_norm_eps,
+            final_norm=loader.vector(NORM),
+            cos=pointer(self._cos),
+            sin=pointer(self._sin),
+            layers=self._layers,
+            embedding=embedding,
+            head=head,
+            rotation=loader.rotation.table if loader.rotation else RotationTable(),
+        )
+        self._library = library  # whose threads the engine uses
+        self._engine = library.create_engine(model)
+
+    @property
+    def row_tile(self) -> int:
+        return 1
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of packed weights, scales, norms and biases."""
+        return self._arena.num_bytes
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        num_tokens = inputs.token_ids.shape[0]
+        assert num_tokens <= self._max_tokens
+        hidden = torch.empty(num_tokens, self._config.hidden_size)
+        tables = inputs.block_tables.contiguous()
+        step = Step(
+            num_tokens=num_tokens,
+            num_sequences=len(inputs.seq_lens),
+            blocks_per_sequence=tables.shape[1],
+            token_ids=pointer(inputs.token_ids),
+            positions=pointer(inputs.positions),
+            slots=pointer(inputs.slots),
+            block_tables=pointer(tables),
+            query_starts=int32_array(inputs.query_starts),
+            seq_lens=int32_array(inputs.seq_lens),
+        )
+        self._engine.forward(step, hidden)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits = torch.empty(hidden.shape[0], self._config.vocab_size)
+        for start in range(0, hidden.shape[0], self._max_tokens):
+            stop = start + self._max_tokens
+            self._engine.logits(hidden[start:stop].contiguous(), logits[start:stop])
+        return logits
+
+
+def check_support(config: ModelConfig, block_size: int) -> None:
+    """Refuse what the native step cannot run. Raises ConfigError."""
+    if block_size % TILE:
+        raise ConfigError(f"--block-size {block_size}: the CPU needs a multiple of {TILE}")
+    if config.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(f"head_dim {config.head_dim} is more than the CPU's {MAX_HEAD_DIM}")
+
+
+class _Loader:
+    """Reads one model's weights in one scheme."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        library: Library,
+        arena: Arena,
+        scheme: Quantization,
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._arena = arena
+        self._scheme = scheme
+        self._packer = Packer(library, arena)
+        self.rotation: Rotation | None = None
+        if scheme == "int8":
+            self.rotation = Rotation(library, arena, config.hidden_size, ROTATION_SEED)
+
+    def vector(self, name: str) -> c_void_p:
+        """Keep a norm's weight [hidden]."""
+        return pointer(self._arena.keep(self._weights.read(name).to(torch.float32)))
+
+    def layer(self, index: int, kv: tuple[Tensor, Tensor]) -> Layer:
+        prefix = f"model.layers.{index}."
+        config = self._config
+        attention_norm = prefix + "input_layernorm.weight"
+        mlp_norm = prefix + "post_attention_layernorm.weight"
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        layer = Layer(
+            query=self._reader(attention + "q_proj", attention_norm, config.attention_bias),
+            key=self._reader(attention + "k_proj", attention_norm, config.attention_bias),
+            value=self._reader(attention + "v_proj", attention_norm, config.attention_bias),
+            output=self._writer(attention + "o_proj", config.attention_bias),
+            gate=self._reader(mlp + "gate_proj", mlp_norm, config.mlp_bias),
+            up=self._reader(mlp + "up_proj", mlp_norm, config.mlp_bias),
+            down=self._writer(mlp + "down_proj", config.mlp_bias),
+            keys=pointer(kv[0]),
+            values=pointer(kv[1]),
+        )
+        if self.rotation is None:
+            layer.attention_norm = self.vector(attention_norm)
+            layer.mlp_norm = self.vector(mlp_norm)
+        return layer
+
+    def embedding_and_head(self) -> tuple[Matrix, Matrix]:
+        embedding = self._table(EMBEDDING)
+        if self._config.tie_word_embeddings:
+            return embedding, embedding
+        return embedding, self._table(HEAD)
+
+    def _table(self, name: str) -> Matrix:
+        """The embedding or the head: both read and write the residual stream row by row."""
+        if self.rotation is not None:
+            return self._packer.pack(self.rotation.inputs(self._weights.read(name)), INT8)
+        return self._plain(name, None, INT8_BY_32)
+
+    def _reader(self, name: str, norm: str, has_bias: bool) -> Matrix:
+        """A projection that reads the normalised stream; rotated, the norm is folded into it."""
+        bias = self._weights.read(name + ".bias") if has_bias else None
+        if self.rotation is None:
+            return self._plain(name + ".weight", bias, INT4)
+        weight = self._weights.read(name + ".weight").to(torch.float32)
+        weight = weight * self._weights.read(norm).to(torch.float32)
+        return self._packer.pack(self.rotation.inputs(weight), INT8, bias)
+
+    def _writer(self, name: str, has_bias: bool) -> Matrix:
+        """A projection that adds to the stream. Its own inputs are not rotated, hence groups."""
+        bias = self._weights.read(name + ".bias").to(torch.float32) if has_bias else None
+        if self.rotation is None:
+            return self._plain(name + ".weight", bias, INT4)
+        weight = self.rotation.outputs(self._weights.read(name + ".weight"))
+        rotated_bias = None if bias is None else self.rotation.outputs(bias)
+        return self._packer.pack(weight, INT8_BY_64, rotated_bias)
+
+    def _plain(self, name: str, bias: Tensor | None, int4_form: Form) -> Matrix:
+        if self._scheme == "none":
+            return self._packer.pack(self._weights.read(name).to(torch.float32), FLOAT32, bias)
+        packed = self._weights.packed(name)
+        if packed is not None and packed.type in BLOCK_TYPES:
+            return self._packer.repack(packed, bias)
+        form = INT8_BY_32 if packed is not None else int4_form
+        return self._packer.pack(self._weights.read(name).to(torch.float32), form, bias)
+
+
+def _kv_pool(
+    config: ModelConfig, num_tiles: int, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Return keys [tiles, K, D, 16] and values [tiles, K, 16, D] of each layer, paged lazily."""
+    size = num_tiles * config.num_kv_heads * config.head_dim * TILE
+
+    def zeros() -> Tensor:
+        memory = np.zeros(size * dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(memory).view(dtype)
+
+    return [(zeros(), zeros()) for _ in range(config.num_layers)]

@@ -1,0 +1,133 @@
+/* Integer products of some rows of activations with a panel of weights: exact, so that order,
+ * company and instruction change nothing. A step covers 4 columns: 64 bytes hold 16 rows by 4.
+ *
+ * AVX-512 VNNI multiplies unsigned by signed bytes. int8 weights are stored with 128 added there,
+ * and 128 times the sum of the codes is taken off again.
+ * AVX2 has the same only with saturation to 16 bits. It cannot saturate here: |w| * (a with the
+ * sign of w) is at most 2 * 127 * 127 = 32258 a pair, as neither side holds -128; a nibble times a
+ * code is at most 2 * 15 * 127 = 3810, so that eight such pairs can be summed in 16 bits.
+ */
+#ifndef ARRIERO_DOT_H
+#define ARRIERO_DOT_H
+
+#include "native.h"
+#include "simd.h"
+
+#define VECTORS (PANEL / LANES)
+#define INT4_GROUP 32
+#define MAX_TILE_ROWS 6 /* R is a constant where these are inlined, and at most this */
+
+INLINE int32_t four_codes(const int8_t *codes) { int32_t v; memcpy(&v, codes, 4); return v; }
+
+#if LANES == 16 /* ------------------------------------------------------------- AVX-512 VNNI */
+
+INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
+                     const int32_t *sums, size_t sums_stride, int32_t steps, vi sum[][VECTORS]) {
+    __m512i s[MAX_TILE_ROWS];
+    for (int r = 0; r < R; r++) s[r] = _mm512_set1_epi32(-128 * sums[r * sums_stride]);
+    for (int32_t k = 0; k < steps; k++) {
+        __m512i w = _mm512_loadu_si512(weights + k * 64);
+        for (int r = 0; r < R; r++) {
+            __m512i a = _mm512_set1_epi32(four_codes(codes + r * stride + k * 4));
+            s[r] = _mm512_dpbusd_epi32(s[r], w, a);
+        }
+    }
+    for (int r = 0; r < R; r++) sum[r][0] = (vi)s[r];
+}
+
+INLINE void dot_int4(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
+                     vi sum[][VECTORS]) {
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i s[MAX_TILE_ROWS];
+    for (int r = 0; r < R; r++) s[r] = _mm512_setzero_si512();
+    for (int32_t k = 0; k < 4; k++) {
+        __m512i both = _mm512_loadu_si512(weights + k * 64);
+        __m512i w0 = _mm512_and_si512(both, low);
+        __m512i w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        for (int r = 0; r < R; r++) {
+            const int8_t *a = codes + r * stride + k * 4;
+            s[r] = _mm512_dpbusd_epi32(s[r], w0, _mm512_set1_epi32(four_codes(a)));
+            s[r] = _mm512_dpbusd_epi32(s[r], w1, _mm512_set1_epi32(four_codes(a + 16)));
+        }
+    }
+    for (int r = 0; r < R; r++) sum[r][0] = (vi)s[r];
+}
+
+#elif LANES == 8 /* -------------------------------------------------------------------- AVX2 */
+
+INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
+                     const int32_t *sums, size_t sums_stride, int32_t steps, vi sum[][VECTORS]) {
+    (void)sums, (void)sums_stride;
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i s[MAX_TILE_ROWS][2];
+    for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
+    for (int32_t k = 0; k < steps; k++) {
+        const __m256i *from = (const __m256i *)(weights + k * 64);
+        __m256i w[2] = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+        __m256i magnitude[2] = {_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])};
+        for (int r = 0; r < R; r++) {
+            __m256i a = _mm256_set1_epi32(four_codes(codes + r * stride + k * 4));
+            for (int v = 0; v < 2; v++) {
+                __m256i pairs = _mm256_maddubs_epi16(magnitude[v], _mm256_sign_epi8(a, w[v]));
+                s[r][v] = _mm256_add_epi32(s[r][v], _mm256_madd_epi16(pairs, ones));
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) sum[r][v] = (vi)s[r][v];
+}
+
+INLINE void dot_int4(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
+                     vi sum[][VECTORS]) {
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i s[MAX_TILE_ROWS][2];
+    for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
+    for (int32_t k = 0; k < 4; k++) {
+        for (int v = 0; v < 2; v++) {
+            __m256i both = _mm256_loadu_si256((const __m256i *)(weights + k * 64) + v);
+            __m256i w0 = _mm256_and_si256(both, low);
+            __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            for (int r = 0; r < R; r++) {
+                const int8_t *a = codes + r * stride + k * 4;
+                __m256i p0 = _mm256_maddubs_epi16(w0, _mm256_set1_epi32(four_codes(a)));
+                __m256i p1 = _mm256_maddubs_epi16(w1, _mm256_set1_epi32(four_codes(a + 16)));
+                s[r][v] = _mm256_add_epi16(s[r][v], _mm256_add_epi16(p0, p1));
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) sum[r][v] = (vi)_mm256_madd_epi16(s[r][v], ones);
+}
+
+#else /* -------------------------------------------------------------------------- portable */
+
+INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
+                     const int32_t *sums, size_t sums_stride, int32_t steps, vi sum[][VECTORS]) {
+    (void)sums, (void)sums_stride;
+    int32_t s[MAX_TILE_ROWS][PANEL];
+    memset(s, 0, sizeof s);
+    for (int32_t k = 0; k < steps; k++)
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < PANEL; n++)
+                for (int j = 0; j < 4; j++)
+                    s[r][n] += (int8_t)weights[k * 64 + n * 4 + j] * codes[r * stride + k * 4 + j];
+    memcpy(sum, s, (size_t)R * sizeof s[0]);
+}
+
+INLINE void dot_int4(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
+                     vi sum[][VECTORS]) {
+    int32_t s[MAX_TILE_ROWS][PANEL];
+    memset(s, 0, sizeof s);
+    for (int32_t k = 0; k < 4; k++)
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < PANEL; n++)
+                for (int j = 0; j < 4; j++) {
+                    uint8_t both = weights[k * 64 + n * 4 + j];
+                    const int8_t *a = codes + r * stride + k * 4 + j;
+                    s[r][n] += (both & 15) * a[0] + (both >> 4) * a[16];
+                }
+    memcpy(sum, s, (size_t)R * sizeof s[0]);
+}
+
+#endif
+#endif

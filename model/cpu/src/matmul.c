@@ -1,0 +1,145 @@
+/* Rows of activations times weight matrices.
+ *
+ * A task is a run of panels of 16 outputs: its weights are read once and stay in the core's cache
+ * while all rows pass, a few at a time. A row's own sums are taken over columns in rising order,
+ * group after group, whatever rows it is computed with: the tile functions differ in the number
+ * of rows only.
+ */
+#include "dot.h"
+
+#define TASK_BYTES 16384 /* of weights: enough to pay for claiming a task */
+#define MAX_PARTS 3
+
+#if LANES == 16
+#define TILE_ROWS MAX_TILE_ROWS
+#else
+#define TILE_ROWS 4
+#endif
+
+typedef struct {
+    const Rows *rows;
+    int32_t num_rows, stride, num_parts;
+    const Matrix *const *parts;
+    int32_t panels_per_task[MAX_PARTS], first_task[MAX_PARTS + 1], first_column[MAX_PARTS];
+    float *out;
+} Product;
+
+/* Write sums [PANEL] of a row, scaled and biased; the last panel may be cut short. */
+INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, float *out) {
+    int32_t first = panel * PANEL, width = m->rows - first < PANEL ? m->rows - first : PANEL;
+    float row[PANEL];
+    for (int v = 0; v < VECTORS; v++) store(row + v * LANES, sum[v] * broadcast(factor));
+    if (m->bias)
+        for (int n = 0; n < width; n++) row[n] += m->bias[first + n];
+    memcpy(out, row, (size_t)width * sizeof(float));
+}
+
+INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
+                         int32_t panel, float *out, int32_t stride, const int is_int4) {
+    int32_t groups = m->padded_cols / m->group;
+    size_t group_bytes = (size_t)m->group * PANEL / (is_int4 ? 2 : 1);
+    const uint8_t *weights = (const uint8_t *)m->weights + (size_t)panel * groups * group_bytes;
+    const uint16_t *scales = m->scales + (size_t)panel * groups * PANEL;
+    const uint16_t *minima = m->minima + (is_int4 ? (size_t)panel * groups * PANEL : 0);
+    const int8_t *codes = rows->codes + (size_t)first * m->padded_cols;
+    const float *row_scales = rows->scales + (size_t)first * groups;
+    const int32_t *row_sums = rows->sums + (size_t)first * groups;
+    vf sum[TILE_ROWS][VECTORS];
+    memset(sum, 0, sizeof sum);
+    for (int32_t g = 0; g < groups; g++) {
+        vi dot[TILE_ROWS][VECTORS];
+        const uint8_t *w = weights + g * group_bytes;
+        const int8_t *a = codes + (size_t)g * m->group;
+        if (is_int4) dot_int4(R, w, a, m->padded_cols, dot);
+        else dot_int8(R, w, a, m->padded_cols, row_sums + g, groups, m->group / 4, dot);
+        for (int v = 0; v < VECTORS; v++) {
+            vf scale = load_half(scales + g * PANEL + v * LANES);
+            vf minimum = is_int4 ? load_half(minima + g * PANEL + v * LANES) : (vf){0};
+            for (int r = 0; r < R; r++) {
+                float row_scale = row_scales[(size_t)r * groups + g];
+                vf value = __builtin_convertvector(dot[r][v], vf);
+                sum[r][v] = fma_(value, scale * broadcast(row_scale), sum[r][v]);
+                if (is_int4) {
+                    float total = row_scale * (float)row_sums[(size_t)r * groups + g];
+                    sum[r][v] = fma_(minimum, broadcast(total), sum[r][v]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        finish(m, panel, sum[r], m->factor, out + (size_t)r * stride);
+}
+
+INLINE void float_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
+                       int32_t panel, float *out, int32_t stride) {
+    const float *weights = (const float *)m->weights + (size_t)panel * m->cols * PANEL;
+    const float *x = rows->floats + (size_t)first * rows->stride;
+    vf sum[TILE_ROWS][VECTORS];
+    memset(sum, 0, sizeof sum);
+    for (int32_t k = 0; k < m->cols; k++) {
+        vf w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) w[v] = load(weights + (size_t)k * PANEL + v * LANES);
+        for (int r = 0; r < R; r++) {
+            vf a = broadcast(x[(size_t)r * rows->stride + k]);
+            for (int v = 0; v < VECTORS; v++) sum[r][v] = fma_(a, w[v], sum[r][v]);
+        }
+    }
+    for (int r = 0; r < R; r++) finish(m, panel, sum[r], 1.0f, out + (size_t)r * stride);
+}
+
+INLINE void tile(const Matrix *m, const Rows *rows, int32_t first, const int R, int32_t panel,
+                 float *out, int32_t stride) {
+    if (m->kind == WEIGHTS_INT8) integer_tile(m, rows, first, R, panel, out, stride, 0);
+    else if (m->kind == WEIGHTS_INT4) integer_tile(m, rows, first, R, panel, out, stride, 1);
+    else float_tile(m, rows, first, R, panel, out, stride);
+}
+
+static void multiply_panel(const Matrix *m, const Rows *rows, int32_t num_rows, int32_t panel,
+                           float *out, int32_t stride) {
+    int32_t first = 0;
+    for (; first + TILE_ROWS <= num_rows; first += TILE_ROWS)
+        tile(m, rows, first, TILE_ROWS, panel, out + (size_t)first * stride, stride);
+    float *rest = out + (size_t)first * stride;
+    switch (num_rows - first) {
+        case 1: tile(m, rows, first, 1, panel, rest, stride); break;
+        case 2: tile(m, rows, first, 2, panel, rest, stride); break;
+        case 3: tile(m, rows, first, 3, panel, rest, stride); break;
+#if TILE_ROWS == 6
+        case 4: tile(m, rows, first, 4, panel, rest, stride); break;
+        case 5: tile(m, rows, first, 5, panel, rest, stride); break;
+#endif
+    }
+}
+
+static void run_task(void *context, int32_t task) {
+    const Product *job = context;
+    int32_t part = 0;
+    while (task >= job->first_task[part + 1]) part++;
+    const Matrix *m = job->parts[part];
+    int32_t panels = (m->rows + PANEL - 1) / PANEL, width = job->panels_per_task[part];
+    int32_t begin = (task - job->first_task[part]) * width;
+    int32_t end = begin + width < panels ? begin + width : panels;
+    for (int32_t panel = begin; panel < end; panel++) {
+        float *out = job->out + job->first_column[part] + (size_t)panel * PANEL;
+        multiply_panel(m, job->rows, job->num_rows, panel, out, job->stride);
+    }
+}
+
+void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const *parts,
+            int32_t num_parts, float *out, int32_t stride) {
+    static const int32_t bits[] = {32, 8, 4};
+    Product job = {.rows = rows, .num_rows = num_rows, .stride = stride, .num_parts = num_parts,
+                   .parts = parts, .out = out};
+    int32_t column = 0;
+    for (int32_t p = 0; p < num_parts; p++) {
+        const Matrix *m = parts[p];
+        int64_t panel_bytes = (int64_t)m->padded_cols * PANEL * bits[m->kind] / 8;
+        int32_t panels = (m->rows + PANEL - 1) / PANEL;
+        int32_t width = (int32_t)((TASK_BYTES + panel_bytes - 1) / panel_bytes);
+        job.panels_per_task[p] = width;
+        job.first_task[p + 1] = job.first_task[p] + (panels + width - 1) / width;
+        job.first_column[p] = column;
+        column += m->rows;
+    }
+    parallel_for(pool, run_task, &job, job.first_task[num_parts]);
+}

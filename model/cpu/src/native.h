@@ -1,0 +1,120 @@
+/* What the native step is made of. The structs are mirrored field by field in library.py.
+ *
+ * T tokens in a step, S sequences, H heads, K key/value heads, D head size, P = 16 tokens in a
+ * tile of the K/V pool. All sizes count elements. Pointers belong to the caller.
+ */
+#ifndef ARRIERO_NATIVE_H
+#define ARRIERO_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PANEL 16 /* rows of a weight matrix that lie side by side */
+#define TILE 16  /* tokens of a K/V tile */
+
+enum { WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 };
+enum { KV_FLOAT32, KV_FLOAT16 };
+
+/* A matrix [rows, cols] in panels of 16 rows, the last one padded; see pack.c for the layouts. */
+typedef struct {
+    int32_t kind;
+    int32_t rows, cols;
+    int32_t group;       /* columns that share a scale, of weights and activations alike */
+    int32_t padded_cols; /* cols up to a multiple of group */
+    float factor;        /* on all scales, so that they fit float16 */
+    const void *weights;
+    const uint16_t *scales; /* float16 [panels, groups, 16]; none for float32 */
+    const uint16_t *minima; /* float16 [panels, groups, 16], int4 only: value = scale * code + minimum */
+    const float *bias;      /* [rows] or none */
+} Matrix;
+
+typedef struct {
+    const float *attention_norm, *mlp_norm; /* [hidden], or none where folded into the matrices */
+    Matrix query, key, value, output, gate, up, down;
+    void *keys;   /* [tiles, K, D, 16] */
+    void *values; /* [tiles, K, 16, D] */
+} Layer;
+
+/* x -> (O (x) H) (signs * x): H the Hadamard matrix of size 2^n, O orthogonal; see rotate.c. */
+typedef struct {
+    int32_t size, block;  /* size = odd * block, block = 2^n; size 0: no rotation */
+    const float *mixing;  /* O [odd, odd] */
+    const float *signs;   /* [size], +1 or -1 */
+} Rotation;
+
+typedef struct {
+    int32_t num_layers, hidden_size, intermediate_size, vocab_size;
+    int32_t num_heads, num_kv_heads, head_dim;
+    int32_t block_size, kv_kind;
+    int32_t max_tokens; /* of a step */
+    float norm_eps;
+    const float *final_norm;         /* [hidden] or none */
+    const float *cos, *sin;          /* [max_model_len, D / 2] */
+    const Layer *layers;
+    Matrix embedding, head; /* the same memory where they are tied */
+    Rotation rotation;      /* of the residual stream */
+} Model;
+
+typedef struct {
+    int32_t num_tokens, num_sequences, blocks_per_sequence;
+    const int64_t *token_ids, *positions, *slots; /* [T]; slot -1 writes nothing */
+    const int64_t *block_tables;                  /* [S, blocks_per_sequence] */
+    const int32_t *query_starts;                  /* [S + 1] */
+    const int32_t *seq_lens;                      /* [S] */
+} Step;
+
+/* Rows of activations, quantised as one matrix wants them. */
+typedef struct {
+    int32_t group, padded_cols;
+    int8_t *codes;  /* [T, padded_cols] */
+    float *scales;  /* [T, groups] */
+    int32_t *sums;  /* [T, groups] of codes */
+    const float *floats; /* [T, cols]: the rows themselves, for float32 matrices */
+    int32_t stride;      /* of floats */
+} Rows;
+
+/* threads.c */
+typedef struct Pool Pool;
+typedef void (*Task)(void *context, int32_t index);
+Pool *pool_create(int32_t num_threads);
+void pool_destroy(Pool *pool);
+void parallel_for(Pool *pool, Task task, void *context, int32_t count);
+
+/* quantize.c */
+void quantize_rows(Pool *pool, Rows *rows, const float *from, int32_t stride, int32_t cols,
+                   int32_t num_rows, const Matrix *matrix);
+
+/* matmul.c: out[t, columns of part p] = rows[t] * parts[p]^T + bias, parts side by side */
+void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const *parts,
+            int32_t num_parts, float *out, int32_t stride);
+
+/* norm.c */
+void rms_norm(Pool *pool, const float *from, const float *weight, float eps, float *to,
+              int32_t size, int32_t num_rows);
+void add_rows(Pool *pool, float *to, const float *from, int64_t size);
+
+/* rotary.c: turns queries and keys of qkv [T, (H + 2 K) * D] in place, stores keys and values */
+void rotate_and_store(Pool *pool, const Model *model, const Layer *layer, const Step *step,
+                      float *qkv);
+
+/* attention.c */
+void attention(Pool *pool, const Model *model, const Layer *layer, const Step *step,
+               const float *qkv, float *out);
+
+/* activation.c: gate[t] = silu(gate[t]) * up[t], in gate_up [T, 2 * size] */
+void swiglu(Pool *pool, float *gate_up, int32_t size, int32_t num_rows);
+
+/* rotate.c */
+void rotate_rows(Pool *pool, const Rotation *rotation, float *rows, int32_t num_rows);
+void unrotate_rows(Pool *pool, const Rotation *rotation, float *rows, int32_t num_rows);
+
+/* pack.c */
+void pack_values(Pool *pool, const Matrix *matrix, const float *values);
+void pack_blocks(Pool *pool, const Matrix *matrix, int32_t block_type, const uint8_t *blocks,
+                 int32_t row_bytes, const int32_t *source_rows);
+void unpack_row(const Matrix *matrix, int32_t row, float *to);
+
+/* embedding.c */
+void embed(Pool *pool, const Model *model, const Step *step, float *to);
+
+#endif

@@ -1,0 +1,63 @@
+/* Rotary positions (Su et al., arXiv 2104.09864) on queries and keys, and K/V into their slots.
+ *
+ * A pair is dimensions i and i + D / 2 of a head, as in Hugging Face's layout.
+ */
+#include "native.h"
+#include "simd.h"
+
+typedef struct {
+    const Model *model;
+    const Layer *layer;
+    const Step *step;
+    float *qkv;
+} Turn;
+
+static void rotate_head(float *restrict head, const float *restrict cos, const float *restrict sin,
+                        int32_t half) {
+    for (int32_t i = 0; i < half; i++) {
+        float low = head[i], high = head[i + half];
+        head[i] = low * cos[i] - high * sin[i];
+        head[i + half] = high * cos[i] + low * sin[i];
+    }
+}
+
+static void store_key_value(const Model *m, const Layer *layer, int64_t slot, const float *keys,
+                            const float *values) {
+    int64_t tile = slot / TILE, offset = slot % TILE;
+    for (int32_t head = 0; head < m->num_kv_heads; head++) {
+        size_t first = (size_t)(tile * m->num_kv_heads + head) * m->head_dim * TILE;
+        const float *key = keys + head * m->head_dim, *value = values + head * m->head_dim;
+        for (int32_t i = 0; i < m->head_dim; i++) {
+            size_t key_at = first + (size_t)i * TILE + offset;
+            size_t value_at = first + (size_t)offset * m->head_dim + i;
+            if (m->kv_kind == KV_FLOAT16) {
+                ((uint16_t *)layer->keys)[key_at] = float_to_half(key[i]);
+                ((uint16_t *)layer->values)[value_at] = float_to_half(value[i]);
+            } else {
+                ((float *)layer->keys)[key_at] = key[i];
+                ((float *)layer->values)[value_at] = value[i];
+            }
+        }
+    }
+}
+
+static void rotate_token(void *context, int32_t token) {
+    const Turn *job = context;
+    const Model *m = job->model;
+    int32_t half = m->head_dim / 2, num_rotated = m->num_heads + m->num_kv_heads;
+    size_t width = (size_t)(num_rotated + m->num_kv_heads) * m->head_dim;
+    float *row = job->qkv + token * width;
+    int64_t position = job->step->positions[token], slot = job->step->slots[token];
+    const float *cos = m->cos + position * half, *sin = m->sin + position * half;
+    for (int32_t head = 0; head < num_rotated; head++)
+        rotate_head(row + head * m->head_dim, cos, sin, half);
+    if (slot >= 0)
+        store_key_value(m, job->layer, slot, row + m->num_heads * m->head_dim,
+                        row + num_rotated * m->head_dim);
+}
+
+void rotate_and_store(Pool *pool, const Model *model, const Layer *layer, const Step *step,
+                      float *qkv) {
+    Turn job = {model, layer, step, qkv};
+    parallel_for(pool, rotate_token, &job, step->num_tokens);
+}

@@ -1,0 +1,154 @@
+"""Each native operation against its torch reference, over sizes that fit no vector evenly."""
+
+import pytest
+import torch
+
+from model.cpu.matrices import (
+    FLOAT32,
+    INT4,
+    INT8,
+    INT8_BY_32,
+    INT8_BY_64,
+    Arena,
+    Packer,
+    Rotation,
+)
+from model.weights.dequantize import dequantize
+from model.weights.tensors import PackedTensor, interleaved_to_halves
+from tests.model.cpu.drive import multiply, quantize, rms_norm, swiglu, unpack
+
+FORMS = {
+    "float32": FLOAT32,
+    "int8": INT8,
+    "int8 by 64": INT8_BY_64,
+    "int8 by 32": INT8_BY_32,
+    "int4": INT4,
+}
+SIZES = [(1, 1), (8, 8), (16, 64), (17, 172), (172, 64), (37, 100), (320, 576), (96, 1536)]
+
+
+@pytest.fixture
+def packer(library):
+    arena = Arena()
+    yield Packer(library, arena)
+    assert arena.num_bytes >= 0  # alive to the end of the test
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), SIZES)
+def test_product_is_that_of_the_stored_numbers(library, packer, form, num_outputs, num_inputs):
+    weight, bias = noise(num_outputs, num_inputs), noise(num_outputs, seed=1)
+    matrix = packer.pack(weight, FORMS[form], bias)
+    stored = unpack(library, matrix).double()
+    for num_rows in (1, 2, 3, 4, 5, 9):
+        x = noise(num_rows, num_inputs, seed=num_rows)
+        quantized = quantize(library, x, matrix)
+        seen = x.double()
+        if FORMS[form] is not FLOAT32:
+            groups = quantized.codes.view(num_rows, -1, matrix.group).double()
+            seen = (groups * quantized.scales[:, :, None]).flatten(1)[:, :num_inputs]
+        out = multiply(library, quantized, [matrix], num_rows)
+        expected = seen @ stored.T + bias.double()
+        assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5 * num_inputs**0.5)
+
+
+def test_parts_of_a_fused_product_lie_side_by_side(library, packer):
+    weights = [noise(rows, 64, seed=rows) for rows in (40, 8, 9)]
+    parts = [
+        packer.pack(weight, form)
+        for weight, form in zip(weights, [INT4, INT8_BY_32, INT4], strict=True)
+    ]
+    x = noise(7, 64, seed=5)
+    together = multiply(library, quantize(library, x, parts[0]), parts, 7)
+    alone = [multiply(library, quantize(library, x, part), [part], 7) for part in parts]
+    assert torch.equal(together, torch.cat(alone, dim=1))
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "float32"])
+def test_quantised_weights_are_within_half_a_step(library, packer, form):
+    weight = noise(20, 200)
+    weight[3] *= 1000
+    weight[4] *= 1e-4
+    weight[5] = 0
+    matrix = packer.pack(weight, FORMS[form])
+    error = (unpack(library, matrix) - weight).abs().amax(1)
+    steps = 15 if form == "int4" else 127
+    reach = weight.amax(1) - weight.amin(1) if form == "int4" else weight.abs().amax(1)
+    # int4 draws its range in where that helps on the whole: the ends may be off by a tenth more.
+    allowed = reach * (0.5 / steps + (0.15 if form == "int4" else 0)) * 1.01
+    assert (error <= allowed).all()
+    assert error[5] == 0
+
+
+def test_row_with_a_number_that_is_not_finite_spoils_itself_alone(library, packer):
+    matrix = packer.pack(noise(32, 64), INT8)
+    x = noise(3, 64)
+    clean = multiply(library, quantize(library, x, matrix), [matrix], 3)
+    for bad in (torch.nan, torch.inf):
+        x[1, 7] = bad
+        out = multiply(library, quantize(library, x, matrix), [matrix], 3)
+        assert not out[1].isfinite().any()
+        assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+def random_blocks(kind: str, rows: int, cols: int) -> torch.Tensor:
+    """Blocks of random codes with scales that are sane."""
+    size, num_bytes = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q4_K": (256, 144)}[
+        kind
+    ]
+    generator = torch.Generator().manual_seed(rows)
+    shape = (rows, cols // size, num_bytes)
+    blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    num_scales = 1 if kind in ("Q8_0", "Q4_0") else 2
+    scales = torch.rand(rows, cols // size, num_scales, generator=generator).to(torch.float16)
+    blocks[:, :, : 2 * num_scales] = scales.view(torch.uint8).view(rows, cols // size, -1)
+    return blocks.flatten(1)
+
+
+@pytest.mark.parametrize("num_heads", [None, 2])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K"])
+def test_blocks_of_a_file_keep_their_values(library, packer, kind, num_heads):
+    rows, cols = 40, 512
+    blocks = random_blocks(kind, rows, cols)
+    packed = PackedTensor(blocks=blocks.numpy(), type=kind, shape=(rows, cols), num_heads=num_heads)
+    expected = dequantize(blocks.numpy(), kind, cols)
+    if num_heads is not None:
+        expected = interleaved_to_halves(expected, num_heads)
+    values = unpack(library, packer.repack(packed))
+    if kind == "Q4_K":  # a scale is a product, rounded to float16
+        assert (values - expected).abs().max() < 1e-3 * expected.abs().max()
+    else:
+        assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("size", [8, 64, 100, 172, 576, 2048])
+def test_norm_and_activation_equal_torch(library, size):
+    x, weight = noise(5, size) * 3, noise(size, seed=1)
+    expected = torch.nn.functional.rms_norm(x, (size,), weight, 1e-5)
+    assert torch.allclose(rms_norm(library, x, weight, 1e-5), expected, rtol=1e-5, atol=1e-6)
+    plain = torch.nn.functional.rms_norm(x, (size,), None, 1e-5)
+    assert torch.allclose(rms_norm(library, x, None, 1e-5), plain, rtol=1e-5, atol=1e-6)
+    gate_up = noise(5, 2 * size, seed=2) * 30
+    gate, up = gate_up.chunk(2, dim=1)
+    activated = torch.nn.functional.silu(gate) * up
+    assert torch.allclose(swiglu(library, gate_up), activated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [8, 96, 172, 576, 2048])
+def test_rotation_is_orthogonal_and_spreads_an_outlier(library, size):
+    rotation = Rotation(library, Arena(), size, seed=1)
+    identity = rotation.inputs(torch.eye(size))
+    assert torch.allclose(identity @ identity.T, torch.eye(size), atol=1e-5)
+    assert identity.abs().max() < 0.9
+    x = noise(3, size)
+    back = rotation.inputs(x)
+    library.unrotate(rotation.table, back)
+    assert torch.allclose(back, x, atol=1e-5)
+    weight = noise(11, size, seed=2)
+    assert torch.allclose(rotation.inputs(weight) @ rotation.inputs(x).T, weight @ x.T, atol=1e-3)
+    writer = noise(size, 7, seed=3)
+    assert torch.allclose(rotation.outputs(writer).T, rotation.inputs(writer.T.contiguous()))
