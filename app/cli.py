@@ -1,14 +1,18 @@
 """The command line: `arriero serve` and `arriero info`, under vLLM's flag names."""
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from app.engine.drafts import NgramSpeculation
 from app.settings import Environment, ServerSettings, read_environment
 from model.config import LoadOptions
 from model.errors import ModelError
+
+MAX_SPECULATION = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +25,7 @@ class Command:
     served_model_names: tuple[str, ...]
     chat_template: Path | None
     enable_prefix_caching: bool
+    speculation: NgramSpeculation | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +67,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", type=Path, help="file with a Jinja template")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
         help="reuse K/V of prompts that begin alike")  # fmt: skip
+    add("--speculative-config", type=parse_speculation, metavar="JSON",
+        help='guess ahead: {"method": "ngram", "num_speculative_tokens": 4}')  # fmt: skip
     add("--seed", type=int, default=0, help="of dummy weights")
 
 
@@ -77,6 +84,34 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="time that running requests have left after SIGTERM")  # fmt: skip
     levels = ["debug", "info", "warning", "error"]
     add("--log-level", choices=levels, default="info", help="what is logged")
+
+
+def parse_speculation(text: str) -> NgramSpeculation:
+    """Read vLLM's `--speculative-config`, of which the method ngram is supported."""
+    fields = {"num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"}
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
+    if not isinstance(values, dict) or values.pop("method", None) != "ngram":
+        raise argparse.ArgumentTypeError('needs "method": "ngram"')
+    if unknown := sorted(set(values) - fields):
+        raise argparse.ArgumentTypeError(f"has unknown fields: {', '.join(unknown)}")
+    for name, value in values.items():
+        if type(value) is not int or not 1 <= value <= MAX_SPECULATION:
+            raise argparse.ArgumentTypeError(f"{name} must be from 1 to {MAX_SPECULATION}")
+    numbers: dict[str, int] = values
+    if "num_speculative_tokens" not in numbers:
+        raise argparse.ArgumentTypeError("needs num_speculative_tokens")
+    longest = numbers.get("prompt_lookup_max", numbers.get("prompt_lookup_min", 5))
+    shortest = numbers.get("prompt_lookup_min", longest)
+    if shortest > longest:
+        raise argparse.ArgumentTypeError("prompt_lookup_min is more than prompt_lookup_max")
+    return NgramSpeculation(
+        num_speculative_tokens=numbers["num_speculative_tokens"],
+        prompt_lookup_max=longest,
+        prompt_lookup_min=shortest,
+    )
 
 
 def _positive(text: str) -> int:
@@ -129,6 +164,7 @@ def parse(argv: list[str] | None, environment: Environment) -> Command:
         served_model_names=served or (str(named),),
         chat_template=args.chat_template,
         enable_prefix_caching=args.enable_prefix_caching,
+        speculation=args.speculative_config,
     )
 
 

@@ -83,7 +83,9 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
             added_tokens=tokenizer.added_tokens,
         )
         ends.update(end_of_turn_ids(source, tokenizer))
-    options = EngineOptions(enable_prefix_caching=command.enable_prefix_caching)
+    options = EngineOptions(
+        enable_prefix_caching=command.enable_prefix_caching, speculation=command.speculation
+    )
     engine = Engine(loaded.runner, options)
     return ServingContext(
         engine=engine,

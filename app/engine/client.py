@@ -81,6 +81,9 @@ class EngineStats:
     num_steps: int = 0
     num_scheduled_tokens: int = 0
     num_failed_steps: int = 0
+    num_drafts: int = 0  # times that a sequence guessed ahead
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # draft tokens that were right
 
 
 class EngineClient(Protocol):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from app.engine.client import EngineRequest, EngineStats, SequenceOutput
+from app.engine.drafts import NgramSpeculation
 from app.engine.loop import Delivery, Finish, FinishAll, Inbox, Message, StepLoop, Stop, Submit
 from app.engine.scheduler import Scheduler
 from app.errors import ContextLengthExceeded, Draining, EngineDead, Overloaded
@@ -25,6 +26,7 @@ class EngineOptions:
     """Policy knobs of the engine."""
 
     enable_prefix_caching: bool = True
+    speculation: NgramSpeculation | None = None
     max_num_queued_seqs: int = 1024  # waiting sequences beyond which Overloaded is raised
 
 
@@ -76,8 +78,12 @@ class Engine:
         self._options = options
         self._limits = runner.limits
         self._scheduler = Scheduler(
-            runner.limits, enable_prefix_caching=options.enable_prefix_caching
+            runner.limits,
+            enable_prefix_caching=options.enable_prefix_caching,
+            speculation=options.speculation,
         )
+        if options.speculation is not None and runner.limits.max_inflight > 1:
+            logger.warning("no speculation: this device works ahead of the tokens it would guess")
         self._inbox = Inbox()
         self._step_loop = StepLoop(runner, self._scheduler, self._inbox, self._hand_over)
         self._thread = threading.Thread(target=self._work, name="arriero-engine", daemon=True)
@@ -165,6 +171,9 @@ class Engine:
             num_steps=counters.num_steps,
             num_scheduled_tokens=counters.num_scheduled_tokens,
             num_failed_steps=counters.num_failed_steps,
+            num_drafts=counters.num_drafts,
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=counters.num_accepted_tokens,
         )
 
     async def drain(self, timeout_s: float) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from app.engine.blocks import Block, Key
 from app.engine.client import EngineRequest, FinishReason
+from app.engine.drafts import Drafter
 from model.step import SamplingParams, TokenConstraint
 
 
@@ -40,6 +41,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_prompt_logprobs: int = 0  # positions of the prompt already reported
     num_preemptions: int = 0
+    drafter: Drafter | None = None  # from its first guess on
     row: int | None = None
     epoch: int = 0
     finish_reason: FinishReason | None = None

@@ -11,13 +11,16 @@ the last result. Knows no threads, tensors or text.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from app.engine.blocks import Block, BlockAllocator, BlockHasher
 from app.engine.client import EngineRequest, FinishReason, SequenceOutput
+from app.engine.drafts import Drafter, NgramSpeculation
 from app.engine.queue import WaitingQueue
 from app.engine.request import Request, Sequence, make_request
 from model.step import NewRow, PlanRow, RowResult, RunnerLimits, StepPlan, StepResult
+
+FREE_STEP_TOKENS = 16  # up to here a step costs little more than one of a single token
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,10 +55,13 @@ class SchedulerCounters:
     num_steps: int = 0
     num_scheduled_tokens: int = 0
     num_failed_steps: int = 0
+    num_drafts: int = 0  # times that a sequence guessed ahead
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
-class _StepDraft:
+class _OpenStep:
     """A plan in the making. `budget` is what is left for sequences more than a token behind."""
 
     budget: int
@@ -68,7 +74,13 @@ class _StepDraft:
 class Scheduler:
     """Owns the queue, the running sequences and the blocks. Used by the worker thread alone."""
 
-    def __init__(self, limits: RunnerLimits, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        limits: RunnerLimits,
+        *,
+        enable_prefix_caching: bool = True,
+        speculation: NgramSpeculation | None = None,
+    ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
         self.limits = limits
         self.allocator = BlockAllocator(limits.num_blocks, limits.block_size)
@@ -76,6 +88,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # by `Sequence.order`: the last is preempted first
         self.counters = SchedulerCounters()
         self._enable_prefix_caching = enable_prefix_caching
+        # With a step in flight the last token is unknown, and so is what might follow it.
+        self._speculation = speculation if limits.max_inflight == 1 else None
         self._hasher = BlockHasher()
         self._free_rows = list(reversed(range(limits.max_num_seqs)))
         self._removed_rows: list[int] = []
@@ -106,30 +120,32 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step; None when no sequence can be advanced."""
         num_decoding = sum(sequence.num_behind == 1 for sequence in self.running)
-        draft = _StepDraft(self.limits.max_num_batched_tokens - num_decoding)
-        has_preempted = self._schedule_running(draft)
+        step = _OpenStep(self.limits.max_num_batched_tokens - num_decoding)
+        has_preempted = self._schedule_running(step)
         if not has_preempted:
-            self._schedule_waiting(draft)
-        if not draft.rows:
+            self._schedule_waiting(step)
+        if not step.rows:
             return None
+        if self._speculation is not None:
+            self._add_drafts(step, self._speculation)
         plan = StepPlan(
             step_id=self.counters.num_steps,
             removed=tuple(self._removed_rows),
-            added=tuple(draft.added),
-            rows=tuple(draft.rows),
-            num_mask_slots=len(draft.constrained),
+            added=tuple(step.added),
+            rows=tuple(step.rows),
+            num_mask_slots=len(step.constrained),
         )
         self._removed_rows.clear()
         self.counters.num_steps += 1
         self.counters.num_scheduled_tokens += plan.num_tokens
         return ScheduledStep(
             plan=plan,
-            sequences=draft.sequences,
-            epochs=[sequence.epoch for sequence in draft.sequences],
-            constrained=draft.constrained,
+            sequences=step.sequences,
+            epochs=[sequence.epoch for sequence in step.sequences],
+            constrained=step.constrained,
         )
 
-    def _schedule_running(self, draft: _StepDraft) -> bool:
+    def _schedule_running(self, step: _OpenStep) -> bool:
         """Advance who already has a row, in order; True if somebody had to give way.
 
         A sequence one token behind has its token set aside before anyone's longer share is
@@ -141,28 +157,28 @@ class Scheduler:
             if sequence.row is None or not sequence.num_behind:
                 continue
             self._extend_from_cache(sequence)
-            num_tokens = 1 if is_decoding else self._share(sequence, draft.budget)
+            num_tokens = 1 if is_decoding else self._share(sequence, step.budget)
             if num_tokens and self._make_room(sequence, num_tokens):
                 if not is_decoding:
-                    draft.budget -= num_tokens
-                self._plan(draft, sequence, num_tokens)
+                    step.budget -= num_tokens
+                self._plan(step, sequence, num_tokens)
         return self.counters.num_preemptions > num_preemptions
 
-    def _schedule_waiting(self, draft: _StepDraft) -> None:
+    def _schedule_waiting(self, step: _OpenStep) -> None:
         """Admit who waits, in order, as long as rows, budget and blocks for all its tokens last."""
         promised = sum(self._num_blocks_missing(sequence) for sequence in self.running)
-        while self.waiting and self._free_rows and draft.budget:
+        while self.waiting and self._free_rows and step.budget:
             sequence = self.waiting.peek()
             hits = self._find_prefix(sequence)
             num_free = self.allocator.num_free - sum(block.ref_count == 0 for block in hits)
             if num_free - promised < self._num_blocks_missing(sequence) - len(hits):
                 break
             self.waiting.remove(sequence)
-            self._enter_row(draft, sequence, hits)
-            num_tokens = self._share(sequence, draft.budget)
+            self._enter_row(step, sequence, hits)
+            num_tokens = self._share(sequence, step.budget)
             self._grow(sequence, num_tokens)
-            draft.budget -= num_tokens
-            self._plan(draft, sequence, num_tokens)
+            step.budget -= num_tokens
+            self._plan(step, sequence, num_tokens)
             promised += self._num_blocks_missing(sequence)
 
     def _share(self, sequence: Sequence, budget: int) -> int:
@@ -173,7 +189,7 @@ class Scheduler:
         aligned = end - end % self.limits.block_size - sequence.num_computed_tokens
         return aligned if aligned > 0 else budget
 
-    def _plan(self, draft: _StepDraft, sequence: Sequence, num_tokens: int) -> None:
+    def _plan(self, step: _OpenStep, sequence: Sequence, num_tokens: int) -> None:
         """Write a sequence's row of the plan and count its tokens as computed."""
         start = sequence.num_computed_tokens
         end = start + num_tokens
@@ -183,13 +199,13 @@ class Scheduler:
             logits_from = min(logits_from, max(start, sequence.num_prompt_logprobs))
         mask_slot = None
         if sample and sequence.constraint is not None:
-            mask_slot = len(draft.constrained)
-            draft.constrained.append(sequence)
+            mask_slot = len(step.constrained)
+            step.constrained.append(sequence)
         new_blocks = sequence.blocks[sequence.num_sent_blocks :]
         sequence.num_sent_blocks = len(sequence.blocks)
         assert sequence.row is not None
-        draft.sequences.append(sequence)
-        draft.rows.append(
+        step.sequences.append(sequence)
+        step.rows.append(
             PlanRow(
                 row=sequence.row,
                 start=start,
@@ -204,12 +220,80 @@ class Scheduler:
         sequence.num_inflight_tokens += sample
         self._register_full_blocks(sequence)
 
+    def _add_drafts(self, step: _OpenStep, speculation: NgramSpeculation) -> None:
+        """Let the sequences that decode guess ahead, with what all others have left of a step.
+
+        A small step is mostly spent on reading the weights, however many tokens it has. The
+        guesses share what is left of `FREE_STEP_TOKENS`, evenly, so they get shorter with company
+        and end where computing counts. Sequences under a constraint do not guess: each mask
+        would depend on the guesses before it.
+        """
+        places = [
+            place
+            for place, (row, sequence) in enumerate(zip(step.rows, step.sequences, strict=True))
+            if row.sample and row.num_tokens == 1 and sequence.constraint is None
+        ]
+        num_tokens = sum(row.num_tokens for row in step.rows)
+        room = min(step.budget, FREE_STEP_TOKENS - num_tokens)
+        if not places or room < len(places):
+            return
+        may_grow = self._has_blocks_to_the_end()
+        for place in places:
+            sequence, row = step.sequences[place], step.rows[place]
+            limit = min(
+                room // len(places), sequence.sampling.max_tokens - sequence.num_output_tokens
+            )
+            if not may_grow:
+                num_slots = len(sequence.blocks) * self.limits.block_size
+                limit = min(limit, num_slots - sequence.num_computed_tokens)
+            if limit > 0 and (drafts := self._propose(sequence, speculation, limit)):
+                step.rows[place] = self._with_drafts(sequence, row, drafts)
+
+    def _propose(
+        self, sequence: Sequence, speculation: NgramSpeculation, limit: int
+    ) -> tuple[int, ...]:
+        if sequence.drafter is None:
+            capacity = sequence.num_prompt_tokens + sequence.sampling.max_tokens
+            sequence.drafter = Drafter(speculation, capacity)
+        return sequence.drafter.propose(sequence.token_ids, limit)
+
+    def _with_drafts(self, sequence: Sequence, row: PlanRow, drafts: tuple[int, ...]) -> PlanRow:
+        """Return a decoding sequence's row with guesses behind its token.
+
+        They do not count as computed: that is for the result to say, and what was wrong is
+        written over by the next step.
+        """
+        self._grow(sequence, len(drafts))
+        new_blocks = sequence.blocks[sequence.num_sent_blocks :]
+        sequence.num_sent_blocks = len(sequence.blocks)
+        self.counters.num_drafts += 1
+        self.counters.num_draft_tokens += len(drafts)
+        return replace(
+            row,
+            num_tokens=1 + len(drafts),
+            new_block_ids=(*row.new_block_ids, *(block.block_id for block in new_blocks)),
+            draft_token_ids=drafts,
+        )
+
+    def _has_blocks_to_the_end(self) -> bool:
+        """Whether all that run can get their last token, and nobody waits for a block.
+
+        Then a block taken for a guess is one taken a few tokens early, from nobody. Otherwise
+        guesses end with the blocks that a sequence has anyway.
+        """
+        ends = (s.num_prompt_tokens + s.sampling.max_tokens for s in self.running)
+        missing = (
+            max(0, self._num_blocks(end) - len(sequence.blocks))
+            for sequence, end in zip(self.running, ends, strict=True)
+        )
+        return not self.waiting and sum(missing) <= self.allocator.num_free
+
     # Rows and blocks
 
-    def _enter_row(self, draft: _StepDraft, sequence: Sequence, hits: list[Block]) -> None:
+    def _enter_row(self, step: _OpenStep, sequence: Sequence, hits: list[Block]) -> None:
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=lambda running: running.order)
-        draft.added.append(
+        step.added.append(
             NewRow(
                 row=sequence.row,
                 token_ids=tuple(sequence.token_ids),
@@ -377,6 +461,11 @@ class Scheduler:
                 break
         if row.token_ids:
             sequence.num_inflight_tokens -= 1
+            sequence.num_computed_tokens += max(accepted - 1, 0)
+        if plan_row.draft_token_ids and sequence.drafter is not None:
+            num_right = len(row.token_ids) - 1
+            sequence.drafter.learn(len(plan_row.draft_token_ids), num_right)
+            self.counters.num_accepted_tokens += num_right
         token_ids = row.token_ids[:accepted]
         sequence.num_prompt_logprobs += len(row.prompt_logprobs)
         if sequence.constraint is not None and token_ids:

@@ -124,6 +124,15 @@ class _EngineCollector(Collector):
         yield self._counter(
             "prefix_cache_hits", "Tokens found in the cache.", stats.prefix_cache_hits
         )
+        yield self._counter(
+            "spec_decode_num_drafts", "Times a choice guessed ahead.", stats.num_drafts
+        )
+        yield self._counter(
+            "spec_decode_num_draft_tokens", "Tokens guessed.", stats.num_draft_tokens
+        )
+        yield self._counter(
+            "spec_decode_num_accepted_tokens", "Guesses that were right.", stats.num_accepted_tokens
+        )
         yield self._counter("engine_steps", "Steps launched.", stats.num_steps)
         yield self._counter("failed_steps", "Steps that broke.", stats.num_failed_steps)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Seq
 from functools import partial
 
 from app.engine.client import EngineRequest, FinishReason, SequenceOutput
+from app.engine.drafts import NgramSpeculation
 from app.engine.request import Request, Sequence
 from app.engine.scheduler import ScheduledStep, Scheduler, Update
 from model.step import MaskBuffer, RunnerLimits, SamplingParams, StepHandle
@@ -35,9 +36,17 @@ def fill(step: ScheduledStep, buffers: Seq[MaskBuffer]) -> None:
 class Driver:
     """Rounds of schedule, launch, collect and update, integrity checked after each."""
 
-    def __init__(self, limits: RunnerLimits, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        limits: RunnerLimits,
+        *,
+        enable_prefix_caching: bool = True,
+        speculation: NgramSpeculation | None = None,
+    ) -> None:
         self.runner = FakeRunner(limits)
-        self.scheduler = Scheduler(limits, enable_prefix_caching=enable_prefix_caching)
+        self.scheduler = Scheduler(
+            limits, enable_prefix_caching=enable_prefix_caching, speculation=speculation
+        )
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
         self.ended: set[Sequence] = set()  # by somebody else than the scheduler
         self._inflight: deque[tuple[ScheduledStep, StepHandle]] = deque()

@@ -8,6 +8,7 @@ with what each sequence yields alone.
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.engine.drafts import NgramSpeculation
 from app.engine.request import Request
 from model.step import SamplingParams
 from tests.engine.drive import VOCAB, Driver, make_limits
@@ -57,6 +58,20 @@ submissions = st.tuples(
     st.integers(-1, 1),
     st.sampled_from(["", "", "salt"]),
 )
+
+
+@st.composite
+def speculations(draw) -> NgramSpeculation | None:
+    if draw(st.booleans()):
+        return None
+    longest = draw(st.integers(1, 3))
+    return NgramSpeculation(
+        num_speculative_tokens=draw(st.integers(1, 6)),
+        prompt_lookup_max=longest,
+        prompt_lookup_min=draw(st.integers(1, longest)),
+    )
+
+
 rounds = st.tuples(st.just("round"), st.integers(1, 4))
 ends = st.tuples(st.just("end"), st.integers(0, 30), st.sampled_from(["abort", "stop"]))
 failures = st.tuples(st.just("fail"))
@@ -127,9 +142,11 @@ def run_histories(strategy: st.SearchStrategy, num_examples: int) -> None:
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(limits(), strategy, st.booleans())
-    def property_holds(runner_limits, history, enable_prefix_caching):
-        driver = Driver(runner_limits, enable_prefix_caching=enable_prefix_caching)
+    @given(limits(), strategy, st.booleans(), speculations())
+    def property_holds(runner_limits, history, enable_prefix_caching, speculation):
+        driver = Driver(
+            runner_limits, enable_prefix_caching=enable_prefix_caching, speculation=speculation
+        )
         check(driver, replay(driver, history))
 
     property_holds()

@@ -43,6 +43,7 @@ OPTIONS = frozenset(
         "--seed",
         "--served-model-name",
         "--shutdown-timeout",
+        "--speculative-config",
         "--ssl-certfile",
         "--ssl-keyfile",
         "--tokenizer",

@@ -4,11 +4,13 @@ Sequences that run alone, each in a fresh runner, say what is right.
 """
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from app.engine.client import EngineRequest, SequenceOutput
+from app.engine.drafts import NgramSpeculation
 from app.engine.scheduler import Scheduler
 from model.config import LoadOptions
 from model.kv_pool import KVPool
@@ -57,9 +59,11 @@ def make_runner(checkpoint, **overrides) -> ModelRunner:
     return ModelRunner(network, limits, CPU)
 
 
-def serve(runner, requests, *, late: int = 0, enable_prefix_caching: bool = True):
+def serve(runner, requests, *, late: int = 0, enable_prefix_caching: bool = True, speculation=None):
     """Run requests to their end; `late` of them come one a step. Return outputs by request."""
-    scheduler = Scheduler(runner.limits, enable_prefix_caching=enable_prefix_caching)
+    scheduler = Scheduler(
+        runner.limits, enable_prefix_caching=enable_prefix_caching, speculation=speculation
+    )
     outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
     waiting = list(requests)
     while waiting or scheduler.running or scheduler.waiting:
@@ -142,6 +146,36 @@ def test_tokens_and_logprobs_are_bitwise_those_of_a_sequence_alone(checkpoint, n
             got = together[each.request_id, index]
             assert tokens(got) == tokens(alone["lone", 0])
             assert logprobs(got) == logprobs(alone["lone", 0])
+
+
+@pytest.mark.parametrize("num_blocks", [200, 40])
+def test_guessing_ahead_changes_no_token_and_no_logprob(checkpoint, num_blocks, full):
+    rng = random.Random(num_blocks)
+    speculation = NgramSpeculation(
+        num_speculative_tokens=5, prompt_lookup_max=3, prompt_lookup_min=1
+    )
+    requests = []
+    for each in random_requests(rng, checkpoint.config.vocab_size, 30 if full else 8):
+        # Few ids to choose from, so that the same words come again.
+        allowed = tuple(rng.sample(range(5, checkpoint.config.vocab_size), 3))
+        sampling = [
+            replace(
+                own,
+                allowed_token_ids=allowed,
+                max_tokens=24,
+                logit_bias=((allowed[0], 0.5),),
+                bad_words_token_ids=((allowed[0], allowed[1], allowed[1]),),
+            )
+            for own in each.sampling
+        ]
+        requests.append(replace(each, sampling=tuple(sampling)))
+    plain, _ = serve(make_runner(checkpoint, num_blocks=num_blocks), requests, late=2)
+    runner = make_runner(checkpoint, num_blocks=num_blocks)
+    guessed, scheduler = serve(runner, requests, late=2, speculation=speculation)
+    assert scheduler.counters.num_accepted_tokens > 20
+    for key, outputs in plain.items():
+        assert tokens(guessed[key]) == tokens(outputs)
+        assert logprobs(guessed[key]) == logprobs(outputs)
 
 
 def test_prompt_logprobs_are_those_of_the_same_tokens_in_any_chunks(checkpoint):
