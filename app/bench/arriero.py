@@ -28,7 +28,7 @@ def _prepare(model: Model, _workplace: Workplace) -> Path:
 
 
 ARRIERO = (
-    arriero("arriero", 32),
+    arriero("arriero float32", 32, "--dtype", "float32"),
     arriero("arriero int8", 8, "--quantization", "int8"),
     arriero("arriero int4", 4, "--quantization", "int4"),
 )

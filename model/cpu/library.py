@@ -5,7 +5,7 @@ Every call lets go of the interpreter while it runs. Pointers are kept alive by 
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -79,6 +79,7 @@ class Model(Structure):
         ("block_size", c_int32),
         ("kv_kind", c_int32),
         ("max_tokens", c_int32),
+        ("kv_stride", c_int64),
         ("norm_eps", c_float),
         ("final_norm", c_void_p),
         ("cos", c_void_p),

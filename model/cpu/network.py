@@ -5,6 +5,7 @@ hidden states are rotated back before they leave; with int4 the blocks of a GGUF
 as they are, and what is not in 4 bits there is kept in 8.
 """
 
+import math
 from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -88,7 +89,7 @@ class NativeNetwork:
         self._cos, self._sin = rotary.half_tables()
         loader = _Loader(config, weights, library, self._arena, scheme)
         self._layers = (Layer * config.num_layers)(
-            *(loader.layer(i, self._pool[i]) for i in range(config.num_layers))
+            *(loader.layer(i, self._pool[:, i]) for i in range(config.num_layers))
         )
         embedding, head = loader.embedding_and_head()
         model = Model(
@@ -102,6 +103,7 @@ class NativeNetwork:
             block_size=sizes.block_size,
             kv_kind=KV_KINDS[kv_dtype],
             max_tokens=sizes.max_tokens,
+            kv_stride=self._pool.stride(0),
             norm_eps=config.rms_norm_eps,
             final_norm=loader.vector(NORM),
             cos=pointer(self._cos),
@@ -182,7 +184,7 @@ class _Loader:
         """Keep a norm's weight [hidden]."""
         return pointer(self._arena.keep(self._weights.read(name).to(torch.float32)))
 
-    def layer(self, index: int, kv: tuple[Tensor, Tensor]) -> Layer:
+    def layer(self, index: int, kv: Tensor) -> Layer:
         prefix = f"model.layers.{index}."
         config = self._config
         attention_norm = prefix + "input_layernorm.weight"
@@ -196,8 +198,8 @@ class _Loader:
             gate=self._reader(mlp + "gate_proj", mlp_norm, config.mlp_bias),
             up=self._reader(mlp + "up_proj", mlp_norm, config.mlp_bias),
             down=self._writer(mlp + "down_proj", config.mlp_bias),
-            keys=pointer(kv[0]),
-            values=pointer(kv[1]),
+            keys=kv[:, 0].data_ptr(),
+            values=kv[:, 1].data_ptr(),
         )
         if self.rotation is None:
             layer.attention_norm = self.vector(attention_norm)
@@ -244,14 +246,11 @@ class _Loader:
         return self._packer.pack(self._weights.read(name).to(torch.float32), form, bias)
 
 
-def _kv_pool(
-    config: ModelConfig, num_tiles: int, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """Return keys [tiles, K, D, 16] and values [tiles, K, 16, D] of each layer, paged lazily."""
-    size = num_tiles * config.num_kv_heads * config.head_dim * TILE
+def _kv_pool(config: ModelConfig, num_tiles: int, dtype: torch.dtype) -> Tensor:
+    """Return the K/V pool [tiles, layers, 2, K * D * 16], as pages that the kernel gives lazily.
 
-    def zeros() -> Tensor:
-        memory = np.zeros(size * dtype.itemsize, dtype=np.uint8)
-        return torch.from_numpy(memory).view(dtype)
-
-    return [(zeros(), zeros()) for _ in range(config.num_layers)]
+    Tiles are outermost, so that a few tokens touch few pages, large ones included.
+    """
+    shape = (num_tiles, config.num_layers, 2, config.num_kv_heads * config.head_dim * TILE)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)

@@ -4,11 +4,13 @@ Engine, scheduler, network, sampler and HTTP are all the real ones; only the wei
 """
 
 import asyncio
+import gc
 import socket
 import threading
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from app.cli import parse
@@ -145,6 +147,7 @@ def test_many_disconnects_leave_nothing_behind(url, context, full):
         "ignore_eos": True,
     }
     num_threads = threading.active_count()
+    process = psutil.Process()
 
     async def leave(client: httpx.AsyncClient, number: int) -> None:
         """Go away in the middle of a stream, or of the wait for a whole answer."""
@@ -162,14 +165,22 @@ def test_many_disconnects_leave_nothing_behind(url, context, full):
         except httpx.TimeoutException:
             assert not wants_stream
 
-    async def flood() -> None:
+    async def flood(count: int) -> None:
         async with httpx.AsyncClient() as client:
-            for first in range(0, 1000 if full else 60, 20):
+            for first in range(0, count, 20):
                 await asyncio.gather(*(leave(client, first + i) for i in range(20)))
 
-    asyncio.run(flood())
+    asyncio.run(flood(20))  # what is set up once is there after this
     wait_until_free(context)
+    gc.collect()
+    num_files, resident = process.num_fds(), process.memory_info().rss
+    asyncio.run(flood(1000 if full else 60))
+    wait_until_free(context)
+    gc.collect()
     assert threading.active_count() <= num_threads + 1
+    # A connection that the server has yet to notice as closed is no leak; one a client would be.
+    assert process.num_fds() <= num_files + 20
+    assert process.memory_info().rss < resident + (48 << 20)
     assert context.engine.is_alive
 
 

@@ -148,7 +148,7 @@ INLINE void attend(const Attention *job, State *s, const int64_t *table, int32_t
         for (int32_t t = 0; t < num_tiles; t++) {
             int32_t key = first + t * TILE;
             int64_t slot = table[key / m->block_size] * m->block_size + key % m->block_size;
-            at[t] = (size_t)(slot / TILE * m->num_kv_heads + kv_head) * dim * TILE;
+            at[t] = (size_t)(slot / TILE * m->kv_stride) + (size_t)kv_head * dim * TILE;
         }
         for (; row + TOGETHER <= s->num_rows; row += TOGETHER)
             for (int32_t t = 0; t < num_tiles; t++)

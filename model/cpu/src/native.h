@@ -31,8 +31,8 @@ typedef struct {
 typedef struct {
     const float *attention_norm, *mlp_norm; /* [hidden], or none where folded into the matrices */
     Matrix query, key, value, output, gate, up, down;
-    void *keys;   /* [tiles, K, D, 16] */
-    void *values; /* [tiles, K, 16, D] */
+    void *keys;   /* [tiles][K, D, 16], a tile every kv_stride elements */
+    void *values; /* [tiles][K, 16, D], likewise */
 } Layer;
 
 /* x -> (O (x) H) (signs * x): H the Hadamard matrix of size 2^n, O orthogonal; see rotate.c. */
@@ -47,6 +47,7 @@ typedef struct {
     int32_t num_heads, num_kv_heads, head_dim;
     int32_t block_size, kv_kind;
     int32_t max_tokens; /* of a step */
+    int64_t kv_stride;  /* from a tile to the next: all layers of a tile lie together */
     float norm_eps;
     const float *final_norm;         /* [hidden] or none */
     const float *cos, *sin;          /* [max_model_len, D / 2] */

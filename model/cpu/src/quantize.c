@@ -10,36 +10,43 @@ typedef struct {
     int32_t stride, cols;
 } Quantize;
 
-static float largest_magnitude(const float *x, int32_t size) {
-    float part[16] = {0};
+/* Largest magnitude of a group; `check` becomes 0, or NaN if anything is not finite (a maximum would
+ * pass NaN over, a sum of products with 0 does not). */
+static float largest_magnitude(const float *x, int32_t size, float *check) {
+    float part[16] = {0}, zero[16] = {0};
     int32_t i = 0;
     for (; i + 16 <= size; i += 16)
         for (int j = 0; j < 16; j++) {
             float a = fabsf(x[i + j]);
             part[j] = a > part[j] ? a : part[j];
+            zero[j] += x[i + j] * 0.0f;
         }
-    float most = 0;
-    for (; i < size; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    for (int j = 0; j < 16; j++) most = part[j] > most ? part[j] : most;
+    float most = 0, total = 0;
+    for (; i < size; i++) {
+        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+        total += x[i] * 0.0f;
+    }
+    for (int j = 0; j < 16; j++) {
+        most = part[j] > most ? part[j] : most;
+        total += zero[j];
+    }
+    *check = total;
     return most;
 }
 
 /* A group of a row; a group that is not finite gets a scale that is not, and stays the row's own. */
 static void quantize_group(const float *x, int32_t size, int32_t padded, int8_t *codes,
                            float *scale, int32_t *sum) {
-    float most = largest_magnitude(x, size);
-    float check = 0; /* NaN escapes a maximum, but not a sum */
-    for (int32_t i = 0; i < size; i++) check += x[i] * 0.0f;
+    float check, most = largest_magnitude(x, size, &check);
     *scale = most / 127.0f + check;
     float inverse = most > 1e-30f && check == 0 ? 127.0f / most : 0.0f;
     int32_t total = 0;
     const float magic = 12582912.0f; /* adding 1.5 * 2^23 rounds to the nearest, ties to even */
     for (int32_t i = 0; i < size; i++) {
         float shifted = x[i] * inverse + magic;
-        int32_t code;
-        memcpy(&code, &shifted, 4);
-        code -= 0x4b400000;
-        if (inverse == 0) code = 0;
+        int32_t bits;
+        memcpy(&bits, &shifted, 4);
+        int32_t code = inverse == 0 ? 0 : bits - 0x4b400000;
         codes[i] = (int8_t)code;
         total += code;
     }

@@ -25,7 +25,7 @@ static void store_key_value(const Model *m, const Layer *layer, int64_t slot, co
                             const float *values) {
     int64_t tile = slot / TILE, offset = slot % TILE;
     for (int32_t head = 0; head < m->num_kv_heads; head++) {
-        size_t first = (size_t)(tile * m->num_kv_heads + head) * m->head_dim * TILE;
+        size_t first = (size_t)(tile * m->kv_stride) + (size_t)head * m->head_dim * TILE;
         const float *key = keys + head * m->head_dim, *value = values + head * m->head_dim;
         for (int32_t i = 0; i < m->head_dim; i++) {
             size_t key_at = first + (size_t)i * TILE + offset;

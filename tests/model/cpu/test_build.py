@@ -86,6 +86,15 @@ def test_portable_level_gives_the_same_answers(library_path, tmp_path):
     run_operations(find_library(tmp_path, "portable"), {})
 
 
+def test_avx512_level_gives_the_same_answers_through_emulated_instructions(library_path, tmp_path):
+    if machine_level() == "portable":
+        pytest.skip("not an x86 compiler")
+    header = Path(__file__).with_name("emulated_avx512.h")
+    library = tmp_path / "emulated.so"
+    compile_library("cc", "avx2", library, ("-include", str(header), "-Wno-psabi"))
+    run_operations(library, {})
+
+
 def test_operations_are_clean_under_sanitizers(library_path, tmp_path):
     runtime = subprocess.run(
         ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

@@ -133,13 +133,9 @@ def test_what_a_freed_block_held_does_not_show(networks):
     _, (config, network) = networks
     prompt = prompt_of(config, 21)
     expected = logits_alone(config, network, prompt)
-    for keys, values in network._pool:
-        keys.fill_(torch.nan)
-        values.fill_(torch.nan)
+    network._pool.fill_(torch.nan)
     assert torch.equal(logits_alone(config, network, prompt), expected)
-    for keys, values in network._pool:
-        keys.zero_()
-        values.zero_()
+    network._pool.zero_()
 
 
 def test_threads_follow_affinity_and_the_cgroup(tmp_path):
