@@ -62,9 +62,7 @@ def find_library(cache_dir: Path, level: str | None = None) -> Path:
     prebuilt = PREBUILT / f"arriero-{level}-{source_hash(level)}.so"
     if prebuilt.is_file():
         return prebuilt
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if compiler is None:
-        raise NativeUnavailable(f"no C compiler found ({', '.join(COMPILERS)})")
+    compiler = _find_compiler()
     folder = cache_dir / "native"
     library = folder / f"arriero-{level}-{source_hash(level, _version(compiler))}.so"
     try:
@@ -111,6 +109,13 @@ def compile_library(
         linked.replace(library)
 
 
+def _find_compiler() -> str:
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeUnavailable(f"no C compiler found ({', '.join(COMPILERS)})")
+    return compiler
+
+
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(
@@ -136,7 +141,7 @@ def compile_all(folder: Path) -> None:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     for level in LEVELS if is_x86 else ("portable",):
         library = folder / f"arriero-{level}-{source_hash(level)}.so"
-        compile_library(COMPILERS[0], level, library)
+        compile_library(_find_compiler(), level, library)
         library.chmod(0o755)
 
 

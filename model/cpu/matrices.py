@@ -21,6 +21,7 @@ from model.cpu.library import (
     RotationTable,
     pointer,
 )
+from model.errors import WeightsError
 from model.weights.tensors import PackedTensor
 
 BLOCK_GROUP = 32  # of GGUF's blocks
@@ -78,9 +79,11 @@ class Packer:
         self._arena = arena
 
     def pack(self, values: Tensor, form: Form, bias: Tensor | None = None) -> Matrix:
-        """Quantise float32 values [rows, cols]."""
+        """Quantise float32 values [rows, cols]. Raises WeightsError if they are not finite."""
         rows, cols = values.shape
         largest = float(values.abs().max()) if form.kind != WEIGHTS_FLOAT32 else 0.0
+        if not math.isfinite(largest):
+            raise WeightsError(f"a matrix of {rows} x {cols} weights has some that are not finite")
         matrix = self._allocate(rows, cols, form, _factor(largest, form), bias)
         self._library.pack_values(matrix, values.contiguous())
         return matrix
@@ -131,7 +134,7 @@ def _factor(largest: float, form: Form) -> float:
 
     Rows of one matrix may differ by much; what is left below is for the small ones.
     """
-    if largest == 0 or not math.isfinite(largest):
+    if largest == 0:
         return 1.0
     bits = 15 if form.kind == WEIGHTS_INT4 else 22  # int8: largest / 127; int4: the minima
     return 2.0 ** (math.frexp(largest)[1] - bits)

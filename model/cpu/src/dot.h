@@ -3,9 +3,9 @@
  *
  * AVX-512 VNNI multiplies unsigned by signed bytes. int8 weights are stored with 128 added there,
  * and 128 times the sum of the codes is taken off again.
- * AVX2 has the same only with saturation to 16 bits. It cannot saturate here: |w| * (a with the
- * sign of w) is at most 2 * 127 * 127 = 32258 a pair, as neither side holds -128; a nibble times a
- * code is at most 2 * 15 * 127 = 3810, so that eight such pairs can be summed in 16 bits.
+ * AVX2 has the same only with saturation to 16 bits, which these sums never reach: |w| * (a with the
+ * sign of w) is at most 2 * 128 * 127 = 32512 a pair, as no activation's code is -128; a nibble times
+ * a code is at most 2 * 15 * 127 = 3810, so that eight such pairs can be summed in 16 bits.
  */
 #ifndef ARRIERO_DOT_H
 #define ARRIERO_DOT_H

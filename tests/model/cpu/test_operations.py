@@ -13,6 +13,7 @@ from model.cpu.matrices import (
     Packer,
     Rotation,
 )
+from model.errors import WeightsError
 from model.weights.dequantize import dequantize
 from model.weights.tensors import PackedTensor, interleaved_to_halves
 from tests.model.cpu.drive import multiply, quantize, rms_norm, swiglu, unpack
@@ -93,6 +94,14 @@ def test_row_with_a_number_that_is_not_finite_spoils_itself_alone(library, packe
         out = multiply(library, quantize(library, x, matrix), [matrix], 3)
         assert not out[1].isfinite().any()
         assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(packer, bad):
+    weight = noise(16, 64)
+    weight[3, 5] = bad
+    with pytest.raises(WeightsError, match="16 x 64 weights has some that are not finite"):
+        packer.pack(weight, INT8)
 
 
 def random_blocks(kind: str, rows: int, cols: int) -> torch.Tensor:
