@@ -63,18 +63,14 @@ def test_index_that_grows_finds_what_a_scan_finds(seed):
     for _ in range(60):
         text.append(rng.randrange(4))
         found = index.find(text, 3)
-        ends = [
-            (length, end)
-            for end in range(len(text) - 1, 0, -1)
-            for length in (3, 2)
-            if end >= length and text[end - length : end] == text[-length:]
-        ]
-        longest = max((length for length, _ in ends), default=None)
-        if longest is None:
-            assert found is None
-        else:
-            assert found is not None
-            assert text[found - 2 : found] == text[-2:]
+        matches = []
+        for end in range(2, len(text)):
+            length = 0
+            while length < min(3, end) and text[end - 1 - length] == text[-1 - length]:
+                length += 1
+            if length >= 2:
+                matches.append((length, end))
+        assert found == (max(matches)[1] if matches else None)
 
 
 def test_right_guesses_save_steps_and_change_no_token():
@@ -88,16 +84,23 @@ def test_right_guesses_save_steps_and_change_no_token():
     assert counters.num_steps + counters.num_accepted_tokens >= 40
 
 
-def test_guesses_never_go_beyond_max_tokens_or_take_a_block_from_others():
-    for num_blocks in (12, 13, 20):
-        driver = Driver(make_limits(num_blocks=num_blocks), speculation=SPECULATION)
-        for name in "abcd":
-            driver.submit(name, [1, 2, 3], REPEATING)
-        driver.run()
-        for plan in driver.runner.plans:
-            assert all(row.start + row.num_tokens <= 3 + 40 for row in plan.rows)
-        for name in "abcd":
-            assert driver.tokens(name) == expected_tokens([1, 2, 3], REPEATING, VOCAB)
+def drive_four(num_blocks: int, speculation: NgramSpeculation | None) -> Driver:
+    driver = Driver(make_limits(num_blocks=num_blocks), speculation=speculation)
+    for name in "abcd":
+        driver.submit(name, [1, 2, 3], REPEATING)
+    driver.run()
+    return driver
+
+
+@pytest.mark.parametrize("num_blocks", [12, 13, 20, 44])
+def test_guesses_end_with_max_tokens_and_preempt_nobody(num_blocks):
+    driver = drive_four(num_blocks, SPECULATION)
+    for plan in driver.runner.plans:
+        assert all(row.start + row.num_tokens <= 3 + 40 for row in plan.rows)
+    for name in "abcd":
+        assert driver.tokens(name) == expected_tokens([1, 2, 3], REPEATING, VOCAB)
+    plain = drive_four(num_blocks, None)
+    assert driver.scheduler.counters.num_preemptions <= plain.scheduler.counters.num_preemptions
 
 
 def test_runner_that_works_ahead_gets_no_guesses():
