@@ -29,8 +29,8 @@ class NgramIndex:
 
         heads[hash of the n ids before p]  ->  p, the latest  ->  previous[p]  -> ...  -> -1
 
-    8 bytes a token, a few operations for each new one. Different n-grams may share a chain, so
-    what a chain names is compared id by id.
+    8 to 12 bytes a token, a few operations for each new one. Different n-grams may share a chain,
+    so what a chain names is compared id by id.
     """
 
     def __init__(self, length: int, capacity: int) -> None:

@@ -103,7 +103,6 @@ class Step(Structure):
         ("slots", c_void_p),
         ("block_tables", c_void_p),
         ("query_starts", POINTER(c_int32)),
-        ("seq_lens", POINTER(c_int32)),
     )
 
 
@@ -177,10 +176,6 @@ class Engine:
         """Fill the logits [N, V] of hidden states [N, hidden]."""
         rows = c_int32(hidden.shape[0])
         self._c.engine_logits(self._engine, pointer(hidden), rows, pointer(logits))
-
-    def close(self) -> None:
-        """Give the work space back."""
-        self._c.engine_destroy(self._engine)
 
 
 def pointer(values: Tensor) -> c_void_p:

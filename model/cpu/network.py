@@ -139,7 +139,6 @@ class NativeNetwork:
             slots=pointer(inputs.slots),
             block_tables=pointer(tables),
             query_starts=int32_array(inputs.query_starts),
-            seq_lens=int32_array(inputs.seq_lens),
         )
         self._engine.forward(step, hidden)
         return hidden

@@ -92,8 +92,8 @@ def test_decoding_one_by_one_gives_the_bits_of_the_whole_prompt(model, batch_siz
         assert torch.equal(torch.stack(walk.logits), logits_alone(config, network, walk.token_ids))
 
 
-def test_shared_prefix_gives_the_bits_of_a_computed_one(model):
-    config, network = model
+def check_shared_prefix(config, network) -> None:
+    """A sequence that takes its first 128 tokens from another's blocks gets its own bits."""
     rng = random.Random(0)
     prefix = random_ids(rng, config, 8 * BLOCK_SIZE)
     schedule = Schedule(config, network)
@@ -103,6 +103,10 @@ def test_shared_prefix_gives_the_bits_of_a_computed_one(model):
     schedule.step([(second, 5)])
     alone = logits_alone(config, network, second.token_ids)
     assert torch.equal(torch.stack(second.logits), alone[len(prefix) :])
+
+
+def test_shared_prefix_gives_the_bits_of_a_computed_one(model):
+    check_shared_prefix(*model)
 
 
 def test_prefix_can_be_shared_in_the_very_step_that_computes_it(model):

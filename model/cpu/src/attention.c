@@ -7,7 +7,6 @@
  * and what lies beyond the last of the task's positions is not read at all.
  */
 #include <math.h>
-#include <stdlib.h>
 
 #include "native.h"
 #include "simd.h"

@@ -14,7 +14,6 @@
 #include "simd.h"
 
 #define VECTORS (PANEL / LANES)
-#define INT4_GROUP 32
 #define MAX_TILE_ROWS 6 /* R is a constant where these are inlined, and at most this */
 
 INLINE int32_t four_codes(const int8_t *codes) { int32_t v; memcpy(&v, codes, 4); return v; }

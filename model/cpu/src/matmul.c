@@ -18,7 +18,7 @@
 
 typedef struct {
     const Rows *rows;
-    int32_t num_rows, stride, num_parts;
+    int32_t num_rows, stride;
     const Matrix *const *parts;
     int32_t panels_per_task[MAX_PARTS], first_task[MAX_PARTS + 1], first_column[MAX_PARTS];
     float *out;
@@ -128,8 +128,8 @@ static void run_task(void *context, int32_t task) {
 void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const *parts,
             int32_t num_parts, float *out, int32_t stride) {
     static const int32_t bits[] = {32, 8, 4};
-    Product job = {.rows = rows, .num_rows = num_rows, .stride = stride, .num_parts = num_parts,
-                   .parts = parts, .out = out};
+    Product job = {.rows = rows, .num_rows = num_rows, .stride = stride, .parts = parts,
+                   .out = out};
     int32_t column = 0;
     for (int32_t p = 0; p < num_parts; p++) {
         const Matrix *m = parts[p];

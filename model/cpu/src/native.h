@@ -11,6 +11,7 @@
 
 #define PANEL 16 /* rows of a weight matrix that lie side by side */
 #define TILE 16  /* tokens of a K/V tile */
+#define INT4_GROUP 32 /* the smallest group that there is */
 
 enum { WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 };
 enum { KV_FLOAT32, KV_FLOAT16 };
@@ -61,7 +62,6 @@ typedef struct {
     const int64_t *token_ids, *positions, *slots; /* [T]; slot -1 writes nothing */
     const int64_t *block_tables;                  /* [S, blocks_per_sequence] */
     const int32_t *query_starts;                  /* [S + 1] */
-    const int32_t *seq_lens;                      /* [S] */
 } Step;
 
 /* Rows of activations, quantised as one matrix wants them. */

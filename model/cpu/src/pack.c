@@ -8,13 +8,10 @@
  * [panels][groups][16], in units of `factor`. A group is quantised by the scale as it is stored.
  */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "native.h"
 #include "simd.h"
-
-#define INT4_GROUP 32
 
 #if LANES == 16
 #define STORED(code) ((uint8_t)((code) + 128)) /* VNNI multiplies unsigned by signed */

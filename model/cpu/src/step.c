@@ -4,8 +4,6 @@
 
 #include "native.h"
 
-#define SMALLEST_GROUP 32
-
 typedef struct {
     Model model;
     Pool *pool;
@@ -46,7 +44,7 @@ Engine *engine_create(const Model *model, Pool *pool) {
     size_t q_size = (size_t)model->num_heads * model->head_dim;
     size_t kv_size = (size_t)model->num_kv_heads * model->head_dim;
     size_t row = (size_t)model->hidden_size > q_size ? (size_t)model->hidden_size : q_size;
-    size_t groups = wide / SMALLEST_GROUP + 1;
+    size_t groups = wide / INT4_GROUP + 1;
     engine->stream = buffer(T * (size_t)model->hidden_size, sizeof(float));
     engine->normed = buffer(T * row, sizeof(float));
     engine->qkv = buffer(T * (row + 2 * kv_size), sizeof(float)); /* o_proj's output as well */

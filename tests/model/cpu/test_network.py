@@ -9,7 +9,7 @@ from model.cpu.library import Library
 from model.cpu.threads import available_threads
 from tests.model.cpu.drive import load_native
 from tests.model.drive import Schedule, load_network, logits_alone
-from tests.model.test_invariance import SHAPES, random_ids, walk_through
+from tests.model.test_invariance import SHAPES, check_shared_prefix, random_ids, walk_through
 from tests.toy import VARIANTS, write_toy_checkpoint
 
 WIDTHS = {
@@ -117,16 +117,7 @@ def test_logits_are_the_same_in_any_company_chunks_and_threads(networks, full):
 
 
 def test_shared_prefix_gives_the_bits_of_a_computed_one(networks):
-    _, (config, network) = networks
-    rng = random.Random(0)
-    prefix = random_ids(rng, config, 128)
-    schedule = Schedule(config, network)
-    first = schedule.add(prefix + random_ids(rng, config, 3))
-    schedule.step([(first, len(first.token_ids))])
-    second = schedule.add(prefix + random_ids(rng, config, 5), first, len(prefix))
-    schedule.step([(second, 5)])
-    alone = logits_alone(config, network, second.token_ids)
-    assert torch.equal(torch.stack(second.logits), alone[len(prefix) :])
+    check_shared_prefix(*networks[1])
 
 
 def test_what_a_freed_block_held_does_not_show(networks):
