@@ -53,8 +53,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="float32, bfloat16 or float16: no quantization")
     add("--quantization", "-q", choices=["auto", "none", "int8", "int4"], default="auto",
         help="of weights, on a CPU; auto: int4 for 4-bit GGUF files, else int8")  # fmt: skip
-    add("--kv-cache-dtype", choices=["auto", "float16", "bfloat16", "float32"], default="auto",
-        help="of keys and values")  # fmt: skip
+    kinds = ["auto", "int8", "float16", "bfloat16", "float32"]
+    add("--kv-cache-dtype", choices=kinds, default="auto", help="of keys and values")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--max-model-len", type=_positive, help="longest prompt and completion together")
     add("--max-num-seqs", type=_positive, help="sequences that run at once")

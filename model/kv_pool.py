@@ -18,6 +18,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
+INT8_SCALE_BYTES = 4  # of a token's key or value in one head
+
 
 class KVPool:
     """Keys and values of all layers on one device."""
@@ -61,5 +63,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token takes over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    """Bytes of keys and values that one token takes over all layers; int8 has scales beside."""
+    scale = INT8_SCALE_BYTES if dtype == torch.int8 else 0
+    head = config.head_dim * dtype.itemsize + scale
+    return 2 * config.num_layers * config.num_kv_heads * head

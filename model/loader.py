@@ -16,7 +16,7 @@ from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
 from model.memory import MemoryPlan, plan_memory
 from model.network import Network
-from model.precision import DTYPES, Precision, choose_precision
+from model.precision import DTYPES, KV_DTYPES, Precision, choose_precision
 from model.runner import ModelRunner
 from model.step import Runner, RunnerLimits
 from model.tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def _native_network(
         weights,
         library,
         scheme=precision.quantization,
-        kv_dtype=DTYPES[precision.kv_cache_dtype],
+        kv_dtype=KV_DTYPES[precision.kv_cache_dtype],
         sizes=Sizes(
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,

@@ -10,7 +10,7 @@ from model.config import LoadOptions, ModelConfig
 from model.errors import ConfigError, ResourceError
 from model.kv_pool import kv_bytes_per_token
 from model.layers.linear import ROW_TILE
-from model.precision import DTYPES, Precision
+from model.precision import DTYPES, KV_DTYPES, Precision
 
 CPU_KV_CACHE_BYTES = 4 << 30  # unless --kv-cache-memory-bytes says otherwise
 CPU_KV_CACHE_SHARE = 0.4  # of what is available once the weights are in
@@ -52,7 +52,7 @@ def plan_memory(
         dtype = DTYPES[precision.dtype]
         workspace = _workspace_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
     wanted = _wanted_model_len(options, config)
-    per_token = kv_bytes_per_token(config, DTYPES[precision.kv_cache_dtype])
+    per_token = kv_bytes_per_token(config, KV_DTYPES[precision.kv_cache_dtype])
     per_block = per_token * options.block_size
     most = max_num_seqs * -(-wanted // options.block_size)
     budget = _kv_budget(options, device, weights + workspace)

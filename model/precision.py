@@ -26,6 +26,7 @@ DTYPES = {
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
 _FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
 
 
@@ -77,7 +78,9 @@ def choose_precision(
 def _native(
     options: LoadOptions, checkpoint: Checkpoint, quantization: Quantization, library: Path
 ) -> Precision:
-    kv_dtypes = ("float16", "float32") if quantization != "none" else ("float32", "float16")
+    kv_dtypes = ("float16", "int8", "float32")
+    if quantization == "none":
+        kv_dtypes = ("float32", "float16", "int8")
     return Precision(
         quantization=quantization,
         dtype="float32",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 = range(3)
-KV_KINDS = {torch.float32: 0, torch.float16: 1}
+KV_KINDS = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 BLOCK_TYPES = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2, "Q4_K": 3}
 PANEL = 16  # rows of a packed matrix side by side
 TILE = 16  # tokens of a K/V tile
@@ -80,6 +80,7 @@ class Model(Structure):
         ("kv_kind", c_int32),
         ("max_tokens", c_int32),
         ("kv_stride", c_int64),
+        ("kv_head_stride", c_int64),
         ("norm_eps", c_float),
         ("final_norm", c_void_p),
         ("cos", c_void_p),

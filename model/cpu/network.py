@@ -41,6 +41,7 @@ from model.cpu.matrices import (
     Rotation,
 )
 from model.errors import ConfigError
+from model.kv_pool import INT8_SCALE_BYTES
 from model.layers.rotary import RotaryEmbedding
 from model.network import StepInputs
 from model.weights.tensors import EMBEDDING, HEAD, NORM, PackedTensor
@@ -104,6 +105,7 @@ class NativeNetwork:
             kv_kind=KV_KINDS[kv_dtype],
             max_tokens=sizes.max_tokens,
             kv_stride=self._pool.stride(0),
+            kv_head_stride=_kv_head_size(config, kv_dtype),
             norm_eps=config.rms_norm_eps,
             final_norm=loader.vector(NORM),
             cos=pointer(self._cos),
@@ -246,10 +248,17 @@ class _Loader:
 
 
 def _kv_pool(config: ModelConfig, num_tiles: int, dtype: torch.dtype) -> Tensor:
-    """Return the K/V pool [tiles, layers, 2, K * D * 16], as pages that the kernel gives lazily.
+    """Return the K/V pool [tiles, layers, 2, K * head size], as pages that the kernel gives lazily.
 
     Tiles are outermost, so that a few tokens touch few pages, large ones included.
     """
-    shape = (num_tiles, config.num_layers, 2, config.num_kv_heads * config.head_dim * TILE)
+    part = config.num_kv_heads * _kv_head_size(config, dtype)
+    shape = (num_tiles, config.num_layers, 2, part)
     memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)
+
+
+def _kv_head_size(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Elements of one head in a tile: D * 16, and in 8 bits a float32 scale for each token."""
+    scales = INT8_SCALE_BYTES if dtype == torch.int8 else 0
+    return (config.head_dim + scales) * TILE

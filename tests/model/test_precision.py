@@ -61,7 +61,7 @@ def test_gpu_keeps_the_dtype_of_the_file(folder, cache):
         ({"quantization": "int8", "dtype": "float32"}, "choose one"),
         ({"quantization": "int4", "block_size": 8}, "multiple of 16"),
         ({"dtype": "float8"}, "choose one of auto"),
-        ({"kv_cache_dtype": "bfloat16"}, "float16 or float32"),
+        ({"kv_cache_dtype": "bfloat16"}, "float16 or int8 or float32"),
         ({"dtype": "bfloat16", "kv_cache_dtype": "float16"}, "here it can be bfloat16"),
     ],
 )

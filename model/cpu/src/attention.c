@@ -15,7 +15,6 @@
 #define BLOCK_TILES (KEY_BLOCK / TILE)
 #define TILE_VECTORS (TILE / LANES)
 #define MAX_ROWS 32  /* of a task */
-#define MAX_DIM 256
 #define TOGETHER 4   /* rows that share a load of a key or value */
 
 typedef struct {
@@ -36,42 +35,52 @@ typedef struct {
     int32_t position[MAX_ROWS];
     float maximum[MAX_ROWS], total[MAX_ROWS];
     _Alignas(64) float weights[MAX_ROWS][KEY_BLOCK];
-    _Alignas(64) float sums[MAX_ROWS][MAX_DIM];
+    _Alignas(64) float sums[MAX_ROWS][MAX_HEAD_DIM];
 } State;
 
-INLINE vf load_kv(const void *from, size_t at, const int is_half) {
-    return is_half ? load_half((const uint16_t *)from + at) : load((const float *)from + at);
+INLINE vf load_kv(const void *from, size_t at, const int kind) {
+    if (kind == KV_INT8) return load_codes((const int8_t *)from + at);
+    return kind == KV_FLOAT16 ? load_half((const uint16_t *)from + at) : load((const float *)from + at);
+}
+
+/* The scales of LANES tokens, from token j on, of the tile whose codes begin at `at`. */
+INLINE vf load_kv_scales(const void *from, size_t at, int32_t dim, int j) {
+    vf scales;
+    memcpy(&scales, (const int8_t *)from + at + (size_t)dim * TILE + j * SCALE_BYTES, sizeof scales);
+    return scales;
 }
 
 /* weights[r][...] = query[r] * keys, for N tiles that follow each other in the block */
 INLINE void score(State *s, int32_t row, const int R, const void *keys, const size_t *at,
-                  const int N, int32_t dim, int32_t offset, float scale, const int is_half) {
+                  const int N, int32_t dim, int32_t offset, float scale, const int kind) {
     vf sum[TOGETHER][BLOCK_TILES][TILE_VECTORS];
     memset(sum, 0, sizeof sum);
     for (int32_t i = 0; i < dim; i++)
         for (int n = 0; n < N; n++)
             for (int v = 0; v < TILE_VECTORS; v++) {
-                vf key = load_kv(keys, at[n] + (size_t)i * TILE + v * LANES, is_half);
+                vf key = load_kv(keys, at[n] + (size_t)i * TILE + v * LANES, kind);
                 for (int r = 0; r < R; r++)
                     sum[r][n][v] = fma_(broadcast(s->query[row + r][i]), key, sum[r][n][v]);
             }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++)
-            for (int v = 0; v < TILE_VECTORS; v++)
-                store(&s->weights[row + r][offset + n * TILE + v * LANES],
-                      sum[r][n][v] * broadcast(scale));
+            for (int v = 0; v < TILE_VECTORS; v++) {
+                vf result = sum[r][n][v] * broadcast(scale);
+                if (kind == KV_INT8) result *= load_kv_scales(keys, at[n], dim, v * LANES);
+                store(&s->weights[row + r][offset + n * TILE + v * LANES], result);
+            }
 }
 
 /* sums[r][i ...] += weights[r] * values of one tile, for V vectors of dimensions from i on */
 INLINE void add_values(State *s, int32_t row, const int R, const void *values, size_t at,
                        int32_t dim, int32_t i, const int V, int32_t offset, int32_t count,
-                       const int is_half) {
+                       const int kind) {
     vf sum[TOGETHER][4];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sum[r][v] = load(&s->sums[row + r][i + v * LANES]);
     for (int32_t k = 0; k < count; k++)
         for (int v = 0; v < V; v++) {
-            vf value = load_kv(values, at + (size_t)k * dim + i + v * LANES, is_half);
+            vf value = load_kv(values, at + (size_t)k * dim + i + v * LANES, kind);
             for (int r = 0; r < R; r++)
                 sum[r][v] = fma_(broadcast(s->weights[row + r][offset + k]), value, sum[r][v]);
         }
@@ -81,26 +90,27 @@ INLINE void add_values(State *s, int32_t row, const int R, const void *values, s
 
 /* The same for the dimensions left over where the head size is no multiple of a vector. */
 static void add_last_values(State *s, int32_t row, const void *values, size_t at, int32_t dim,
-                            int32_t i, int32_t offset, int32_t count, int is_half) {
+                            int32_t i, int32_t offset, int32_t count, int kind) {
     for (; i < dim; i++)
         for (int32_t k = 0; k < count; k++) {
             size_t place = at + (size_t)k * dim + i;
-            float value = is_half ? half_to_float(((const uint16_t *)values)[place])
-                                  : ((const float *)values)[place];
+            float value = kind == KV_INT8    ? ((const int8_t *)values)[place]
+                          : kind == KV_FLOAT16 ? half_to_float(((const uint16_t *)values)[place])
+                                               : ((const float *)values)[place];
             s->sums[row][i] += s->weights[row][offset + k] * value;
         }
 }
 
 INLINE void accumulate(State *s, int32_t row, const int R, const void *values, size_t at,
-                       int32_t dim, int32_t offset, int32_t count, const int is_half) {
+                       int32_t dim, int32_t offset, int32_t count, const int kind) {
     const int V = R == 1 ? 4 : 2; /* enough sums at once to hide the latency of adding */
     int32_t i = 0;
     for (; i + V * LANES <= dim; i += V * LANES)
-        add_values(s, row, R, values, at, dim, i, V, offset, count, is_half);
+        add_values(s, row, R, values, at, dim, i, V, offset, count, kind);
     for (; i + LANES <= dim; i += LANES)
-        add_values(s, row, R, values, at, dim, i, 1, offset, count, is_half);
+        add_values(s, row, R, values, at, dim, i, 1, offset, count, kind);
     for (int r = 0; r < R; r++)
-        add_last_values(s, row + r, values, at, dim, i, offset, count, is_half);
+        add_last_values(s, row + r, values, at, dim, i, offset, count, kind);
 }
 
 /* Turn a block's scores into weights against the running maximum; rescale what was summed. */
@@ -134,8 +144,19 @@ static void soften(State *s, int32_t row, int32_t first_key, int32_t dim) {
     s->total[row] += sum;
 }
 
+/* weights[r][tile] *= scales of the tile's values. Garbage beyond the last position is not read. */
+static void weigh_by_scales(State *s, const void *values, size_t at, int32_t dim, int32_t offset) {
+    for (int v = 0; v < TILE_VECTORS; v++) {
+        vf scales = load_kv_scales(values, at, dim, v * LANES);
+        for (int32_t row = 0; row < s->num_rows; row++) {
+            float *weights = &s->weights[row][offset + v * LANES];
+            store(weights, load(weights) * scales);
+        }
+    }
+}
+
 INLINE void attend(const Attention *job, State *s, const int64_t *table, int32_t kv_head,
-                   const int is_half) {
+                   const int kind) {
     const Model *m = job->model;
     const void *keys = job->layer->keys, *values = job->layer->values;
     const int32_t dim = m->head_dim, num_keys = s->last_position + 1;
@@ -147,24 +168,25 @@ INLINE void attend(const Attention *job, State *s, const int64_t *table, int32_t
         for (int32_t t = 0; t < num_tiles; t++) {
             int32_t key = first + t * TILE;
             int64_t slot = table[key / m->block_size] * m->block_size + key % m->block_size;
-            at[t] = (size_t)(slot / TILE * m->kv_stride) + (size_t)kv_head * dim * TILE;
+            at[t] = (size_t)(slot / TILE * m->kv_stride + kv_head * m->kv_head_stride);
         }
         for (; row + TOGETHER <= s->num_rows; row += TOGETHER)
             for (int32_t t = 0; t < num_tiles; t++)
-                score(s, row, TOGETHER, keys, at + t, 1, dim, t * TILE, scale, is_half);
+                score(s, row, TOGETHER, keys, at + t, 1, dim, t * TILE, scale, kind);
         for (; row < s->num_rows; row++)
             if (num_tiles == BLOCK_TILES)
-                score(s, row, 1, keys, at, BLOCK_TILES, dim, 0, scale, is_half);
+                score(s, row, 1, keys, at, BLOCK_TILES, dim, 0, scale, kind);
             else
                 for (int32_t t = 0; t < num_tiles; t++)
-                    score(s, row, 1, keys, at + t, 1, dim, t * TILE, scale, is_half);
+                    score(s, row, 1, keys, at + t, 1, dim, t * TILE, scale, kind);
         for (row = 0; row < s->num_rows; row++) soften(s, row, first, dim);
         for (int32_t t = 0; t < num_tiles; t++) {
             int32_t left = end - first - t * TILE, count = left < TILE ? left : TILE;
+            if (kind == KV_INT8) weigh_by_scales(s, values, at[t], dim, t * TILE);
             for (row = 0; row + TOGETHER <= s->num_rows; row += TOGETHER)
-                accumulate(s, row, TOGETHER, values, at[t], dim, t * TILE, count, is_half);
+                accumulate(s, row, TOGETHER, values, at[t], dim, t * TILE, count, kind);
             for (; row < s->num_rows; row++)
-                accumulate(s, row, 1, values, at[t], dim, t * TILE, count, is_half);
+                accumulate(s, row, 1, values, at[t], dim, t * TILE, count, kind);
         }
     }
 }
@@ -197,8 +219,9 @@ static void attend_heads(const Attention *job, int32_t sequence, int32_t begin, 
     for (int32_t h = 0; h < group; h += MAX_ROWS) {
         int32_t heads = group - h < MAX_ROWS ? group - h : MAX_ROWS;
         prepare(job, &s, begin, end, kv_head * group + h, heads);
-        if (m->kv_kind == KV_FLOAT16) attend(job, &s, table, kv_head, 1);
-        else attend(job, &s, table, kv_head, 0);
+        if (m->kv_kind == KV_INT8) attend(job, &s, table, kv_head, KV_INT8);
+        else if (m->kv_kind == KV_FLOAT16) attend(job, &s, table, kv_head, KV_FLOAT16);
+        else attend(job, &s, table, kv_head, KV_FLOAT32);
         for (int32_t row = 0; row < s.num_rows; row++)
             for (int32_t i = 0; i < m->head_dim; i++)
                 s.out[row][i] = s.sums[row][i] / s.total[row];

@@ -11,10 +11,12 @@
 
 #define PANEL 16 /* rows of a weight matrix that lie side by side */
 #define TILE 16  /* tokens of a K/V tile */
+#define MAX_HEAD_DIM 256
 #define INT4_GROUP 32 /* the smallest group that there is */
 
 enum { WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 };
-enum { KV_FLOAT32, KV_FLOAT16 };
+enum { KV_FLOAT32, KV_FLOAT16, KV_INT8 };
+#define SCALE_BYTES 4 /* behind a head's codes in a tile, where K/V are int8: a scale a token */
 
 /* A matrix [rows, cols] in panels of 16 rows, the last one padded; see pack.c for the layouts. */
 typedef struct {
@@ -32,8 +34,8 @@ typedef struct {
 typedef struct {
     const float *attention_norm, *mlp_norm; /* [hidden], or none where folded into the matrices */
     Matrix query, key, value, output, gate, up, down;
-    void *keys;   /* [tiles][K, D, 16], a tile every kv_stride elements */
-    void *values; /* [tiles][K, 16, D], likewise */
+    void *keys;   /* [tiles][K][D, 16], a tile every kv_stride elements, a head every kv_head_stride */
+    void *values; /* [tiles][K][16, D], likewise */
 } Layer;
 
 /* x -> (O (x) H) (signs * x): H the Hadamard matrix of size 2^n, O orthogonal; see rotate.c. */
@@ -49,6 +51,7 @@ typedef struct {
     int32_t block_size, kv_kind;
     int32_t max_tokens; /* of a step */
     int64_t kv_stride;  /* from a tile to the next: all layers of a tile lie together */
+    int64_t kv_head_stride; /* D * 16 codes, and with int8 16 scales */
     float norm_eps;
     const float *final_norm;         /* [hidden] or none */
     const float *cos, *sin;          /* [max_model_len, D / 2] */
@@ -82,6 +85,7 @@ void pool_destroy(Pool *pool);
 void parallel_for(Pool *pool, Task task, void *context, int32_t count);
 
 /* quantize.c */
+float quantize_vector(const float *from, int32_t size, int8_t *codes);
 void quantize_rows(Pool *pool, Rows *rows, const float *from, int32_t stride, int32_t cols,
                    int32_t num_rows, const Matrix *matrix);
 

@@ -54,6 +54,14 @@ static void quantize_group(const float *x, int32_t size, int32_t padded, int8_t 
     *sum = total;
 }
 
+/* Codes of one vector; returns their scale. */
+float quantize_vector(const float *from, int32_t size, int8_t *codes) {
+    float scale;
+    int32_t sum;
+    quantize_group(from, size, size, codes, &scale, &sum);
+    return scale;
+}
+
 static void quantize_row(void *context, int32_t row) {
     const Quantize *job = context;
     Rows *rows = job->rows;

@@ -21,12 +21,29 @@ static void rotate_head(float *restrict head, const float *restrict cos, const f
     }
 }
 
+/* A head's key and value in 8 bits, each with a scale of its own behind the tile's codes. */
+static void store_codes(int8_t *key_tile, int8_t *value_tile, int64_t offset, int32_t dim,
+                        const float *key, const float *value) {
+    int8_t codes[MAX_HEAD_DIM];
+    size_t scale_at = (size_t)dim * TILE + (size_t)offset * SCALE_BYTES;
+    float scale = quantize_vector(key, dim, codes);
+    for (int32_t i = 0; i < dim; i++) key_tile[i * TILE + offset] = codes[i];
+    memcpy(key_tile + scale_at, &scale, SCALE_BYTES);
+    scale = quantize_vector(value, dim, value_tile + offset * dim);
+    memcpy(value_tile + scale_at, &scale, SCALE_BYTES);
+}
+
 static void store_key_value(const Model *m, const Layer *layer, int64_t slot, const float *keys,
                             const float *values) {
     int64_t tile = slot / TILE, offset = slot % TILE;
     for (int32_t head = 0; head < m->num_kv_heads; head++) {
-        size_t first = (size_t)(tile * m->kv_stride) + (size_t)head * m->head_dim * TILE;
+        size_t first = (size_t)(tile * m->kv_stride + head * m->kv_head_stride);
         const float *key = keys + head * m->head_dim, *value = values + head * m->head_dim;
+        if (m->kv_kind == KV_INT8) {
+            store_codes((int8_t *)layer->keys + first, (int8_t *)layer->values + first, offset,
+                        m->head_dim, key, value);
+            continue;
+        }
         for (int32_t i = 0; i < m->head_dim; i++) {
             size_t key_at = first + (size_t)i * TILE + offset;
             size_t value_at = first + (size_t)offset * m->head_dim + i;

@@ -93,6 +93,18 @@ INLINE vf load_half(const uint16_t *from) {
 #endif
 }
 
+INLINE vf load_codes(const int8_t *from) {
+#if LANES == 16
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif LANES == 8
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    vf v = {0};
+    for (int i = 0; i < LANES; i++) v[i] = from[i];
+    return v;
+#endif
+}
+
 /* e^x for x <= 0, within 2 ulp; 0 below -87. 2^n times a polynomial in the fraction (Cephes' expf). */
 INLINE vf exp_negative(vf x) {
     vi is_zero = x < broadcast(-87.0f);

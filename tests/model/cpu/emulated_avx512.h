@@ -60,6 +60,14 @@ EMULATED __m512 emulated_from_half(__m256i halves) {
     return (__m512)emulated_load(x);
 }
 
+EMULATED __m512 emulated_from_codes(__m128i codes) {
+    int8_t c[16];
+    float x[16];
+    memcpy(c, &codes, 16);
+    for (int i = 0; i < 16; i++) x[i] = c[i];
+    return (__m512)emulated_load(x);
+}
+
 #define _mm512_loadu_si512(from) emulated_load(from)
 #define _mm512_set1_epi32(x) emulated_set1_32(x)
 #define _mm512_set1_epi8(x) emulated_set1_32((x) * 0x01010101)
@@ -69,3 +77,5 @@ EMULATED __m512 emulated_from_half(__m256i halves) {
 #define _mm512_dpbusd_epi32(sum, a, b) emulated_dpbusd(sum, a, b)
 #define _mm512_fmadd_ps(a, b, c) emulated_fma(a, b, c)
 #define _mm512_cvtph_ps(halves) emulated_from_half(halves)
+#define _mm512_cvtepi8_epi32(codes) (codes) /* the next one widens and converts */
+#define _mm512_cvtepi32_ps(codes) emulated_from_codes(codes)

@@ -11,10 +11,18 @@ import torch
 
 from model.cpu.library import Library
 from model.cpu.matrices import FLOAT32, INT4, INT8, INT8_BY_32, INT8_BY_64, Arena, Packer
+from model.cpu.network import Quantization
 from tests.model.cpu.drive import load_native, multiply, quantize, unpack
 from tests.model.cpu.test_network import WIDTHS, prompt_of
 from tests.model.drive import load_network, logits_alone
 from tests.toy import write_toy_checkpoint
+
+SCHEMES: tuple[tuple[Quantization, torch.dtype | None, float], ...] = (
+    ("none", None, 1e-4),
+    ("none", torch.int8, 0.05),
+    ("int8", None, 0.15),
+    ("int4", None, 0.8),
+)
 
 
 def check_products(library: Library) -> None:
@@ -40,12 +48,13 @@ def check_networks(library: Library) -> None:
             config, reference = load_network(Path(folder))
             prompt = prompt_of(config, 70)
             expected = logits_alone(config, reference, prompt)
-            for quantization, allowed in (("none", 1e-4), ("int8", 0.15), ("int4", 0.8)):
-                _, network = load_native(Path(folder), library, quantization)
+            for quantization, kv_dtype, allowed in SCHEMES:
+                _, network = load_native(Path(folder), library, quantization, kv_dtype)
                 found = logits_alone(config, network, prompt)
                 assert (found - expected).norm() < allowed * expected.norm(), (
                     overrides,
                     quantization,
+                    kv_dtype,
                 )
 
 

@@ -47,7 +47,7 @@ def test_float32_gives_the_logits_of_the_torch_network(name, library, tmp_path):
     assert torch.allclose(found, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["gqa", "tied", "all-biases-tied", "llama3"])
 def test_int8_stays_near_the_torch_network(name, kv_dtype, library, tmp_path):
     folder = write_toy_checkpoint(tmp_path, **VARIANTS[name])
@@ -90,14 +90,35 @@ def test_hidden_states_leave_the_network_unrotated(library, tmp_path):
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.fixture(scope="module", params=[(s, q) for s in SHAPES for q in ("none", "int8", "int4")])
+@pytest.mark.parametrize("name", ["stories", "head of 20", "head of 256"])
+def test_keys_and_values_in_8_bits_stay_near_exact_ones(name, library, tmp_path):
+    folder = write_toy_checkpoint(tmp_path, **WIDTHS[name])
+    config, exact = load_native(folder, library, "none")
+    _, network = load_native(folder, library, "none", torch.int8)
+    prompt = prompt_of(config, 150)
+    expected = logits_alone(config, exact, prompt)
+    found = logits_alone(config, network, prompt)
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error < 0.05
+
+
+IN_COMPANY = [
+    ("none", None),
+    ("none", torch.int8),
+    ("int8", None),
+    ("int8", torch.int8),
+    ("int4", None),
+]
+
+
+@pytest.fixture(scope="module", params=[(s, q, kv) for s in SHAPES for q, kv in IN_COMPANY])
 def networks(request, library_path, tmp_path_factory):
     """One model on one thread and on two."""
-    shape, quantization = request.param
+    shape, quantization, kv_dtype = request.param
     overrides = {"max_position_embeddings": 512, **SHAPES[shape]}
     folder = write_toy_checkpoint(tmp_path_factory.mktemp("toy"), **overrides)
     libraries = [Library(library_path, count) for count in (1, 2)]
-    yield [load_native(folder, library, quantization) for library in libraries]
+    yield [load_native(folder, library, quantization, kv_dtype) for library in libraries]
     for library in libraries:
         library.close()
 
@@ -124,7 +145,7 @@ def test_what_a_freed_block_held_does_not_show(networks):
     _, (config, network) = networks
     prompt = prompt_of(config, 21)
     expected = logits_alone(config, network, prompt)
-    network._pool.fill_(torch.nan)
+    network._pool.view(torch.uint8).fill_(0xFF)  # NaN, as a float of any size
     assert torch.equal(logits_alone(config, network, prompt), expected)
     network._pool.zero_()
 

@@ -50,13 +50,15 @@ def one_sequence(token_ids: list[int]) -> StepInputs:
     )
 
 
-def logprobs(checkpoint, library, quantization: str, texts: list[list[int]]) -> list[torch.Tensor]:
+def logprobs(
+    checkpoint, library, quantization: str, kv_dtype: torch.dtype, texts: list[list[int]]
+) -> list[torch.Tensor]:
     network = NativeNetwork(
         checkpoint.config,
         checkpoint,
         library,
         scheme=quantization,
-        kv_dtype=torch.float32 if quantization == "none" else torch.float16,
+        kv_dtype=kv_dtype,
         sizes=Sizes(
             num_blocks=WINDOW // 16, block_size=16, max_model_len=WINDOW, max_tokens=WINDOW
         ),
@@ -77,18 +79,19 @@ def perplexity(found: list[torch.Tensor], texts: list[list[int]]) -> float:
 
 
 @pytest.mark.demo
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8], ids=["kv16", "kv8"])
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_scheme_keeps_perplexity_within_a_percent(demo, library, quantization, full):
+def test_scheme_keeps_perplexity_within_a_percent(demo, library, quantization, kv_dtype, full):
     texts = windows(demo, 6 if full else 1)
-    exact = logprobs(demo, library, "none", texts)
-    found = logprobs(demo, library, quantization, texts)
+    exact = logprobs(demo, library, "none", torch.float32, texts)
+    found = logprobs(demo, library, quantization, kv_dtype, texts)
     ratio = perplexity(found, texts) / perplexity(exact, texts)
     divergences = [(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)]
     divergence = torch.cat(divergences).mean().item()
     pairs = zip(exact, found, strict=True)
     same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in pairs]).float().mean().item()
     report = (
-        f"{quantization}: perplexity {perplexity(exact, texts):.3f} -> "
+        f"{quantization}, {kv_dtype} K/V: perplexity {perplexity(exact, texts):.3f} -> "
         f"{perplexity(found, texts):.3f} ({100 * (ratio - 1):+.2f} %), KL {divergence:.4f}, "
         f"same top-1 {100 * same:.1f} %"
     )
