@@ -24,6 +24,7 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
         engine.start()
         yield
         await engine.shutdown()
+        context.grammars.close()
 
     app = FastAPI(
         title="arriero",

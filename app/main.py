@@ -17,6 +17,7 @@ from app.serving.context import ServingContext
 from app.serving.metrics import RequestMetrics
 from app.settings import ServerSettings
 from app.text.chat_template import ChatTemplate, end_of_turn_ids
+from app.text.grammar.compiler import GrammarCompiler
 from model.errors import ConfigError
 from model.loader import LoadedModel, ModelInfo, Progress, inspect_model, load_model
 
@@ -99,6 +100,7 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
         system_fingerprint=info.fingerprint,
         precision=info.precision.name,
         metrics=RequestMetrics(command.served_model_names[0], engine.stats),
+        grammars=GrammarCompiler(tokenizer, vocab_size=info.config.vocab_size, end_token_ids=ends),
     )
 
 

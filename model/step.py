@@ -171,8 +171,16 @@ FillMasks = Callable[[Sequence[MaskBuffer]], None]
 The buffers come all ones (everything allowed)."""
 
 
+class ConstraintFailed(Exception):
+    """A constraint cannot go on: a limit was reached. Costs its own sequence, with this message."""
+
+
 class TokenConstraint(Protocol):
-    """What may follow in one sequence: a grammar, a schema, a list of choices."""
+    """What may follow in one sequence: a grammar, a schema, a list of choices.
+
+    `fill`, `accept` and `rollback` may raise ConstraintFailed; one that has failed forces and
+    allows nothing. Used by one thread at a time.
+    """
 
     def fill(self, buffer: MaskBuffer) -> None:
         """Write the mask of ids allowed next."""
@@ -183,8 +191,18 @@ class TokenConstraint(Protocol):
     def rollback(self, num_tokens: int) -> None:
         """Take back the last accepted tokens."""
 
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """Return how many of these ids, from the first on, could follow one after the other."""
+        ...
+
     def forced(self) -> Sequence[int]:
-        """Return the ids that must follow whatever the model says; empty if it has a choice."""
+        """Return ids that spell what must follow; empty if the model has a choice."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """True once nothing but an end of text can follow."""
+        ...
 
 
 class Runner(Protocol):

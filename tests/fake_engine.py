@@ -8,6 +8,7 @@ from app.errors import Draining
 from app.serving.context import ServingContext
 from app.serving.metrics import RequestMetrics
 from app.text.chat_template import ChatTemplate
+from app.text.grammar.compiler import GrammarCompiler
 from model.config import GenerationDefaults
 from model.step import RunnerLimits, SamplingParams, TokenLogprobs
 
@@ -195,4 +196,5 @@ def make_context(engine: FakeEngine, *, has_template: bool = True) -> ServingCon
         system_fingerprint="fp_fake",
         precision="float32, float32 K/V, torch",
         metrics=RequestMetrics("fake", engine.stats),
+        grammars=GrammarCompiler(tokenizer, vocab_size=VOCAB, end_token_ids={EOS}),
     )

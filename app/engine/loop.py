@@ -9,13 +9,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from app.engine.client import EngineRequest, FinishReason, SequenceOutput
+from app.engine.planning import ScheduledStep, fill_masks
 from app.engine.request import Request
-from app.engine.scheduler import ScheduledStep, Scheduler, Update
-from model.step import MaskBuffer, Runner, StepHandle
+from app.engine.scheduler import Scheduler, Update
+from model.step import Runner, StepHandle
 
 logger = logging.getLogger(__name__)
 
@@ -212,12 +214,7 @@ class StepLoop:
     def _launch(self, step: ScheduledStep) -> None:
         """Hand a step to the runner; a step that breaks here counts as in flight."""
 
-        def fill_masks(buffers: Sequence[MaskBuffer]) -> None:
-            for sequence, buffer in zip(step.constrained, buffers, strict=True):
-                assert sequence.constraint is not None
-                sequence.constraint.fill(buffer)
-
         inflight = _Inflight(step, StepHandle(plan=step.plan))
         self._inflight.append(inflight)
-        handle = self._runner.launch(step.plan, fill_masks)
+        handle = self._runner.launch(step.plan, partial(fill_masks, step))
         self._inflight[-1] = _Inflight(step, handle)

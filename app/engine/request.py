@@ -42,6 +42,7 @@ class Sequence:
     num_prompt_logprobs: int = 0  # positions of the prompt already reported
     num_preemptions: int = 0
     drafter: Drafter | None = None  # from its first guess on
+    num_guessed: int = 0  # drafts in flight that are the drafter's
     row: int | None = None
     epoch: int = 0
     finish_reason: FinishReason | None = None

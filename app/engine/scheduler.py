@@ -11,30 +11,25 @@ the last result. Knows no threads, tensors or text.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from app.engine.blocks import Block, BlockAllocator, BlockHasher
 from app.engine.client import EngineRequest, FinishReason, SequenceOutput
 from app.engine.drafts import Drafter, NgramSpeculation
+from app.engine.planning import OpenStep, ScheduledStep
 from app.engine.queue import WaitingQueue
 from app.engine.request import Request, Sequence, make_request
-from model.step import NewRow, PlanRow, RowResult, RunnerLimits, StepPlan, StepResult
+from model.step import (
+    ConstraintFailed,
+    NewRow,
+    PlanRow,
+    RowResult,
+    RunnerLimits,
+    StepPlan,
+    StepResult,
+)
 
 FREE_STEP_TOKENS = 16  # up to here a step costs little more than one of a single token
-
-
-@dataclass(slots=True, kw_only=True)
-class ScheduledStep:
-    """A plan with what is needed to make sense of its result.
-
-    `epochs` is parallel to `sequences` and to the plan's rows: a result counts only if the
-    sequence has not left its row since. `constrained` fill the mask slots, in order.
-    """
-
-    plan: StepPlan
-    sequences: list[Sequence]
-    epochs: list[int]
-    constrained: list[Sequence]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +53,6 @@ class SchedulerCounters:
     num_drafts: int = 0  # times that a sequence guessed ahead
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-
-
-@dataclass(slots=True)
-class _OpenStep:
-    """A plan in the making. `budget` is what is left for sequences more than a token behind."""
-
-    budget: int
-    rows: list[PlanRow] = field(default_factory=list)
-    added: list[NewRow] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)
-    constrained: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
@@ -120,20 +104,20 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step; None when no sequence can be advanced."""
         num_decoding = sum(sequence.num_behind == 1 for sequence in self.running)
-        step = _OpenStep(self.limits.max_num_batched_tokens - num_decoding)
+        step = OpenStep(self.limits.max_num_batched_tokens - num_decoding)
         has_preempted = self._schedule_running(step)
         if not has_preempted:
             self._schedule_waiting(step)
         if not step.rows:
             return None
-        if self._speculation is not None:
-            self._add_drafts(step, self._speculation)
+        self._add_drafts(step)
+        constrained, num_mask_slots = step.give_mask_slots()
         plan = StepPlan(
             step_id=self.counters.num_steps,
             removed=tuple(self._removed_rows),
             added=tuple(step.added),
             rows=tuple(step.rows),
-            num_mask_slots=len(step.constrained),
+            num_mask_slots=num_mask_slots,
         )
         self._removed_rows.clear()
         self.counters.num_steps += 1
@@ -142,10 +126,10 @@ class Scheduler:
             plan=plan,
             sequences=step.sequences,
             epochs=[sequence.epoch for sequence in step.sequences],
-            constrained=step.constrained,
+            constrained=constrained,
         )
 
-    def _schedule_running(self, step: _OpenStep) -> bool:
+    def _schedule_running(self, step: OpenStep) -> bool:
         """Advance who already has a row, in order; True if somebody had to give way.
 
         A sequence one token behind has its token set aside before anyone's longer share is
@@ -164,7 +148,7 @@ class Scheduler:
                 self._plan(step, sequence, num_tokens)
         return self.counters.num_preemptions > num_preemptions
 
-    def _schedule_waiting(self, step: _OpenStep) -> None:
+    def _schedule_waiting(self, step: OpenStep) -> None:
         """Admit who waits, in order, as long as rows, budget and blocks for all its tokens last."""
         promised = sum(self._num_blocks_missing(sequence) for sequence in self.running)
         while self.waiting and self._free_rows and step.budget:
@@ -189,7 +173,7 @@ class Scheduler:
         aligned = end - end % self.limits.block_size - sequence.num_computed_tokens
         return aligned if aligned > 0 else budget
 
-    def _plan(self, step: _OpenStep, sequence: Sequence, num_tokens: int) -> None:
+    def _plan(self, step: OpenStep, sequence: Sequence, num_tokens: int) -> None:
         """Write a sequence's row of the plan and count its tokens as computed."""
         start = sequence.num_computed_tokens
         end = start + num_tokens
@@ -197,10 +181,6 @@ class Scheduler:
         logits_from = end - 1 if sample else end
         if sequence.sampling.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
             logits_from = min(logits_from, max(start, sequence.num_prompt_logprobs))
-        mask_slot = None
-        if sample and sequence.constraint is not None:
-            mask_slot = len(step.constrained)
-            step.constrained.append(sequence)
         new_blocks = sequence.blocks[sequence.num_sent_blocks :]
         sequence.num_sent_blocks = len(sequence.blocks)
         assert sequence.row is not None
@@ -213,61 +193,79 @@ class Scheduler:
                 new_block_ids=tuple(block.block_id for block in new_blocks),
                 logits_from=logits_from,
                 sample=sample,
-                mask_slot=mask_slot,
             )
         )
         sequence.num_computed_tokens = end
         sequence.num_inflight_tokens += sample
         self._register_full_blocks(sequence)
 
-    def _add_drafts(self, step: _OpenStep, speculation: NgramSpeculation) -> None:
-        """Let the sequences that decode guess ahead, with what all others have left of a step.
+    def _add_drafts(self, step: OpenStep) -> None:
+        """Let the sequences that decode go ahead, with what all others have left of a step.
 
-        A small step is mostly spent on reading the weights, however many tokens it has. The
+        First with what their constraints force on them, which is hardly ever wrong, then with
+        guesses. A small step is mostly spent on reading the weights, however many tokens it has:
         guesses share what is left of `FREE_STEP_TOKENS`, evenly, so they get shorter with company
-        and end where computing counts. Sequences under a constraint do not guess: each mask
-        would depend on the guesses before it.
+        and end where computing counts.
         """
-        places = [
-            place
-            for place, (row, sequence) in enumerate(zip(step.rows, step.sequences, strict=True))
-            if row.sample and row.num_tokens == 1 and sequence.constraint is None
-        ]
+        may_grow: bool | None = None  # looked up if anybody has drafts
+        guessing: list[int] = []
+        for place, (row, sequence) in enumerate(zip(step.rows, step.sequences, strict=True)):
+            if not row.sample or row.num_tokens > 1:
+                continue
+            forced = sequence.constraint.forced() if sequence.constraint else ()
+            if not forced:
+                guessing.append(place)
+                continue
+            may_grow = self._has_blocks_to_the_end() if may_grow is None else may_grow
+            drafts = tuple(forced[: self._room(sequence, step.budget, may_grow)])
+            step.budget -= len(drafts)
+            step.rows[place] = self._with_drafts(sequence, row, drafts)
         num_tokens = sum(row.num_tokens for row in step.rows)
         room = min(step.budget, FREE_STEP_TOKENS - num_tokens)
-        if not places or room < len(places):
+        if self._speculation is None or not guessing or room < len(guessing):
             return
-        may_grow = self._has_blocks_to_the_end()
-        for place in places:
-            sequence, row = step.sequences[place], step.rows[place]
-            limit = min(
-                room // len(places), sequence.sampling.max_tokens - sequence.num_output_tokens
-            )
-            if not may_grow:
-                num_slots = len(sequence.blocks) * self.limits.block_size
-                limit = min(limit, num_slots - sequence.num_computed_tokens)
-            if limit > 0 and (drafts := self._propose(sequence, speculation, limit)):
-                step.rows[place] = self._with_drafts(sequence, row, drafts)
+        may_grow = self._has_blocks_to_the_end() if may_grow is None else may_grow
+        for place in guessing:
+            sequence = step.sequences[place]
+            limit = self._room(sequence, room // len(guessing), may_grow)
+            drafts = self._guess(sequence, self._speculation, limit)
+            sequence.num_guessed = len(drafts)
+            self.counters.num_drafts += bool(drafts)
+            self.counters.num_draft_tokens += len(drafts)
+            step.rows[place] = self._with_drafts(sequence, step.rows[place], drafts)
 
-    def _propose(
+    def _room(self, sequence: Sequence, limit: int, may_grow: bool) -> int:
+        """Return how many drafts a sequence may have, at most `limit`."""
+        limit = min(limit, sequence.sampling.max_tokens - sequence.num_output_tokens)
+        if not may_grow:
+            num_slots = len(sequence.blocks) * self.limits.block_size
+            limit = min(limit, num_slots - sequence.num_computed_tokens)
+        return max(0, limit)
+
+    def _guess(
         self, sequence: Sequence, speculation: NgramSpeculation, limit: int
     ) -> tuple[int, ...]:
+        if not limit:
+            return ()
         if sequence.drafter is None:
             capacity = sequence.num_prompt_tokens + sequence.sampling.max_tokens
             sequence.drafter = Drafter(speculation, capacity)
-        return sequence.drafter.propose(sequence.token_ids, limit)
+        drafts = sequence.drafter.propose(sequence.token_ids, limit)
+        if drafts and sequence.constraint is not None:
+            drafts = drafts[: sequence.constraint.num_allowed(drafts)]
+        return drafts
 
     def _with_drafts(self, sequence: Sequence, row: PlanRow, drafts: tuple[int, ...]) -> PlanRow:
-        """Return a decoding sequence's row with guesses behind its token.
+        """Return a decoding sequence's row with drafts behind its token.
 
         They do not count as computed: that is for the result to say, and what was wrong is
         written over by the next step.
         """
+        if not drafts:
+            return row
         self._grow(sequence, len(drafts))
         new_blocks = sequence.blocks[sequence.num_sent_blocks :]
         sequence.num_sent_blocks = len(sequence.blocks)
-        self.counters.num_drafts += 1
-        self.counters.num_draft_tokens += len(drafts)
         return replace(
             row,
             num_tokens=1 + len(drafts),
@@ -290,7 +288,7 @@ class Scheduler:
 
     # Rows and blocks
 
-    def _enter_row(self, step: _OpenStep, sequence: Sequence, hits: list[Block]) -> None:
+    def _enter_row(self, step: OpenStep, sequence: Sequence, hits: list[Block]) -> None:
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=lambda running: running.order)
         step.added.append(
@@ -321,6 +319,7 @@ class Scheduler:
         sequence.num_registered_blocks = 0
         sequence.num_computed_tokens = 0
         sequence.num_inflight_tokens = 0
+        sequence.num_guessed = 0
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's blocks; it will compute its tokens again, less what is still cached.
@@ -435,9 +434,14 @@ class Scheduler:
         for sequence, epoch, plan_row, row in planned:
             if sequence.epoch != epoch:
                 continue
-            if row.error is not None:
-                updates.append(self._fail_row(sequence, row.error))
-            elif output := self._take_result(sequence, plan_row, row):
+            try:
+                error = step.broken.get(sequence, row.error)
+                output = None if error else self._take_result(sequence, plan_row, row)
+            except ConstraintFailed as failure:
+                error, output = str(failure), None
+            if error is not None:
+                updates.append(self._fail_row(sequence, error))
+            elif output is not None:
                 updates.append(Update(sequence, output))
         return updates
 
@@ -462,14 +466,17 @@ class Scheduler:
         if row.token_ids:
             sequence.num_inflight_tokens -= 1
             sequence.num_computed_tokens += max(accepted - 1, 0)
-        if plan_row.draft_token_ids and sequence.drafter is not None:
+        if sequence.num_guessed and sequence.drafter is not None:
             num_right = len(row.token_ids) - 1
-            sequence.drafter.learn(len(plan_row.draft_token_ids), num_right)
+            sequence.drafter.learn(sequence.num_guessed, num_right)
             self.counters.num_accepted_tokens += num_right
+            sequence.num_guessed = 0
         token_ids = row.token_ids[:accepted]
         sequence.num_prompt_logprobs += len(row.prompt_logprobs)
-        if sequence.constraint is not None and token_ids:
+        if sequence.constraint is not None and token_ids and stop_token_id is None:
             sequence.constraint.accept(token_ids)
+            if sequence.constraint.is_complete:
+                reason = "stop"
         self._register_full_blocks(sequence)
         end = plan_row.start + plan_row.num_tokens
         if not sampling.max_tokens and end >= sequence.num_prompt_tokens:

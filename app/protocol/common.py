@@ -5,7 +5,7 @@ cannot make more work, or a longer answer, than an honest one. Explicit null mea
 """
 
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from app.errors import InvalidRequest
 
 MAX_STOPS = 4
 MAX_BAD_WORDS = 128
+MAX_CHOICES = 2000
 MAX_TEXT_SHOWN = 100
 MAX_TOKEN_ID = 2**31
 
@@ -33,12 +34,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -103,19 +98,27 @@ def check_token_ids(value: object, field: str = "token_ids") -> list[int]:
     return value
 
 
-def _to_bad_words(value: object) -> list[str]:
-    if not isinstance(value, list) or len(value) > MAX_BAD_WORDS:
-        raise PydanticCustomError("bad_words", "must be a list of at most 128 strings")
-    if not all(isinstance(word, str) and 0 < len(word) <= 1024 for word in value):
-        raise PydanticCustomError("bad_words", "must be strings of 1 to 1024 characters")
-    return value
+def _strings(most: int) -> PlainValidator:
+    """Return a validator of a list of short strings that stops at the first fault."""
+
+    def check(value: object) -> list[str]:
+        if not isinstance(value, list) or len(value) > most:
+            raise PydanticCustomError(
+                "strings", "must be a list of at most {most} strings", {"most": most}
+            )
+        if not all(isinstance(word, str) and 0 < len(word) <= 1024 for word in value):
+            raise PydanticCustomError("strings", "must be strings of 1 to 1024 characters")
+        return value
+
+    return PlainValidator(check)
 
 
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _STRINGS_SCHEMA = {"type": "array", "items": {"type": "string"}}
 # Validated by hand: pydantic collects every fault of a list unless told otherwise.
 TokenIds = Annotated[list[int], PlainValidator(check_token_ids), WithJsonSchema(_IDS_SCHEMA)]
-BadWords = Annotated[list[str], PlainValidator(_to_bad_words), WithJsonSchema(_STRINGS_SCHEMA)]
+BadWords = Annotated[list[str], _strings(MAX_BAD_WORDS), WithJsonSchema(_STRINGS_SCHEMA)]
+Choices = Annotated[list[str], _strings(MAX_CHOICES), WithJsonSchema(_STRINGS_SCHEMA)]
 
 
 def at_most(num_entries: int) -> BeforeValidator:
@@ -136,6 +139,38 @@ class StreamOptions(WireModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+JsonSchema = Annotated[dict[str, object] | str, Field(union_mode="left_to_right")]
+Pattern = Annotated[str, Field(min_length=1)]
+
+
+class NamedSchema(WireModel):
+    """The `json_schema` of a response format."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")] = "answer"
+    description: str | None = None
+    schema_: Annotated[dict[str, object] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(WireModel):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(WireModel):
+    """vLLM's way to ask for a form of text: exactly one of the first five."""
+
+    json_: Annotated[JsonSchema | None, Field(alias="json")] = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: Pattern | None = None
+    json_object: bool | None = None
+    whitespace_pattern: Pattern | None = None
+    disable_any_whitespace: Literal[True] | None = None  # as it is here anyway
 
 
 class SamplingFields(WireModel):
@@ -167,6 +202,14 @@ class SamplingFields(WireModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
+    guided_whitespace_pattern: Pattern | None = None
+    json_schema: JsonSchema | None = None
 
 
 Model = TypeVar("Model", bound=WireModel)

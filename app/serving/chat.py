@@ -17,6 +17,7 @@ from app.serving.params import (
     check_length,
     sampling_params,
 )
+from app.serving.structured import compile_demand, demand_of
 from app.text.chat_template import encode_chat
 from model.errors import TokenizerError
 from model.step import TokenLogprobs
@@ -51,7 +52,8 @@ async def start_chat(
         max_tokens=max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    prompt = Prompt(token_ids=token_ids, sampling=sampling)
+    constraints = await compile_demand(context, demand_of(request), len(sampling))
+    prompt = Prompt(token_ids=token_ids, sampling=sampling, constraints=constraints)
     generation = Generation(context, request, request_id, [prompt])
     return ChatAnswer(context, request, request_id, generation)
 
@@ -177,4 +179,8 @@ class ChatAnswer:
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> JsonObject | None:
         if not self._request.logprobs:
             return None
-        return chat_logprobs(self._context.tokenizer, entries)
+        return chat_logprobs(
+            self._context.tokenizer,
+            entries,
+            skip_special_tokens=self._request.skip_special_tokens is not False,
+        )

@@ -13,6 +13,7 @@ from app.serving.context import ServingContext
 from app.serving.generation import ChoiceDelta, Generation, Prompt
 from app.serving.logprobs import LegacyLogprobs
 from app.serving.params import check_ids, check_length, sampling_params, tokenize_text
+from app.serving.structured import compile_demand, demand_of
 from app.text.detokenize import IncrementalDetokenizer
 from model.step import TokenLogprobs
 
@@ -48,11 +49,13 @@ async def start_completion(
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if wants_prompt else None,
     )
+    demand = demand_of(request)
     prompts = []
     for wire_prompt in request.prompt:
         token_ids = await _token_ids(context, request, wire_prompt)
         check_length(context, len(token_ids), max_tokens)
-        prompts.append(Prompt(token_ids=token_ids, sampling=sampling))
+        constraints = await compile_demand(context, demand, len(sampling))
+        prompts.append(Prompt(token_ids=token_ids, sampling=sampling, constraints=constraints))
         await asyncio.sleep(0)  # a thousand short prompts are long together: others get a turn
     echoes = [
         _EchoedPrompt(_text(context, wire_prompt), prompt.token_ids)

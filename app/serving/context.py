@@ -7,6 +7,7 @@ from app.engine.client import EngineClient
 from app.errors import ModelNotFound
 from app.serving.metrics import RequestMetrics
 from app.text.chat_template import ChatTemplate
+from app.text.grammar.compiler import GrammarCompiler
 from model.config import GenerationDefaults
 from model.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ class ServingContext:
     system_fingerprint: str
     precision: str  # in words
     metrics: RequestMetrics
+    grammars: GrammarCompiler
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:

@@ -16,7 +16,7 @@ from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
 from app.text.output import OutputText
-from model.step import SamplingParams, TokenLogprobs
+from model.step import SamplingParams, TokenConstraint, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Prompt:
 
     token_ids: list[int]
     sampling: tuple[SamplingParams, ...]
+    constraints: tuple[TokenConstraint, ...] = ()  # none, or one a choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ class Generation:
             request_id=request_id,
             prompt_token_ids=tuple(prompt.token_ids),
             sampling=prompt.sampling,
+            constraints=prompt.constraints,
             priority=self._fields.priority or 0,
             cache_salt=self._fields.cache_salt or "",
             read_prefix_cache=prompt.sampling[0].prompt_logprobs is None,

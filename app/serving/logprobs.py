@@ -24,10 +24,14 @@ def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, obj
     }
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
-    """Return the `logprobs` object of a chat choice."""
+def chat_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], *, skip_special_tokens: bool
+) -> dict[str, object]:
+    """Return the `logprobs` object of a chat choice: what is not in its text is not in it."""
     content = []
     for entry in entries:
+        if skip_special_tokens and tokenizer.is_special(entry.token_id):
+            continue
         item = _entry(tokenizer, entry.token_id, entry.logprob)
         item["top_logprobs"] = [
             _entry(tokenizer, token_id, logprob)

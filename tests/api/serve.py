@@ -19,10 +19,11 @@ from tests.fake_engine import FakeEngine, make_context
 async def client_of(engine: FakeEngine, **options) -> AsyncIterator[httpx.AsyncClient]:
     """An in-process client of the whole application."""
     has_template = options.pop("has_template", True)
-    app = create_app(make_context(engine, has_template=has_template), ServerSettings(**options))
-    transport = httpx.ASGITransport(app=app)
+    context = make_context(engine, has_template=has_template)
+    transport = httpx.ASGITransport(app=create_app(context, ServerSettings(**options)))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+    context.grammars.close()
 
 
 def events(text: str) -> list[dict]:

@@ -34,7 +34,7 @@ def test_stream_begins_with_the_role_and_adds_up_to_the_whole():
             for c in chunks[1:]
             for entry in (c["choices"][0]["logprobs"] or {"content": []})["content"]
         ]
-        joined = b"".join(bytes(entry["bytes"]) for entry in entries[:-1])
+        joined = b"".join(bytes(entry["bytes"]) for entry in entries)
         assert joined.decode() == "naïve 🦙"
         assert len(entries[0]["top_logprobs"]) == 2
 
@@ -88,7 +88,7 @@ def test_text_parts_are_joined():
         ({"messages": HELLO, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": HELLO, "top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
-        ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
         ({"messages": HELLO, "chat_template": "x"}, "chat_template"),
         ({"messages": HELLO, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),

@@ -111,10 +111,8 @@ def test_too_many_logprobs_are_refused(logprobs):
         ("suffix", "x"),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("chat_template", "{{ 1 }}"),
         ("prompt_embeds", "AAAA"),
-        ("guided_regex", "(a+)+b"),
     ],
 )
 def test_known_field_that_is_not_done_is_refused_by_name(field, value):

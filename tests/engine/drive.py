@@ -1,14 +1,14 @@
 """Drives a scheduler and a fake runner without threads: one call, one round of the step loop."""
 
 from collections import deque
-from collections.abc import Sequence as Seq
 from functools import partial
 
 from app.engine.client import EngineRequest, FinishReason, SequenceOutput
 from app.engine.drafts import NgramSpeculation
+from app.engine.planning import ScheduledStep, fill_masks
 from app.engine.request import Request, Sequence
-from app.engine.scheduler import ScheduledStep, Scheduler, Update
-from model.step import MaskBuffer, RunnerLimits, SamplingParams, StepHandle
+from app.engine.scheduler import Scheduler, Update
+from model.step import RunnerLimits, SamplingParams, StepHandle
 from tests.fake_runner import FakeRunner
 
 VOCAB = 64
@@ -25,12 +25,6 @@ def make_limits(**overrides: int) -> RunnerLimits:
         "max_inflight": 1,
     }
     return RunnerLimits(**{**values, **overrides})
-
-
-def fill(step: ScheduledStep, buffers: Seq[MaskBuffer]) -> None:
-    for sequence, buffer in zip(step.constrained, buffers, strict=True):
-        assert sequence.constraint is not None
-        sequence.constraint.fill(buffer)
 
 
 class Driver:
@@ -69,7 +63,7 @@ class Driver:
             self.scheduler.check_integrity()
             if step is None:
                 break
-            self._inflight.append((step, self.runner.launch(step.plan, partial(fill, step))))
+            self._inflight.append((step, self.runner.launch(step.plan, partial(fill_masks, step))))
         if self._inflight:
             step, handle = self._inflight.popleft()
             self._keep(self.scheduler.update(step, self.runner.collect(handle)))

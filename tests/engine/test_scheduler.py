@@ -282,8 +282,13 @@ class OneAtATime:
     def rollback(self, num_tokens):
         del self.accepted[-num_tokens:]
 
+    def num_allowed(self, token_ids):
+        return len(token_ids)
+
     def forced(self):
         return ()
+
+    is_complete = False
 
 
 def test_rows_whose_removal_was_in_a_failed_step_are_removed_again():

@@ -1,0 +1,46 @@
+"""A compiled grammar at work in one sequence: masks of ids, advanced by what was sampled.
+
+Method and library: llguidance (Earley parser over derivatives of regular expressions, masks from
+a trie of the vocabulary). Its calls let go of the interpreter while they compute.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from llguidance import LLMatcher
+
+from model.step import ConstraintFailed, MaskBuffer
+
+
+class GrammarConstraint:
+    """TokenConstraint over one matcher, which it owns."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill(self, buffer: MaskBuffer) -> None:
+        words = np.frombuffer(buffer, dtype=np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._check()
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        self._matcher.consume_tokens(list(token_ids))
+        self._check()
+
+    def rollback(self, num_tokens: int) -> None:
+        self._matcher.rollback(num_tokens)
+        self._check()
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        return self._matcher.validate_tokens(list(token_ids))
+
+    def forced(self) -> Sequence[int]:
+        return self._matcher.compute_ff_tokens()
+
+    @property
+    def is_complete(self) -> bool:
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConstraintFailed("the grammar became too complex while the text was generated")
