@@ -10,6 +10,7 @@ from app.api.errors import on_http_exception, on_service_error
 from app.api.middleware import Gate
 from app.api.routes.generate import generate_routes
 from app.api.routes.info import health_routes, info_routes, own_version
+from app.api.routes.static import static_routes
 from app.errors import ServiceError
 from app.serving.context import ServingContext
 from app.settings import ServerSettings
@@ -38,5 +39,6 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
     app.include_router(generate_routes(context, settings.max_request_bytes))
     app.include_router(info_routes(context, settings.max_request_bytes))
     app.include_router(health_routes(engine, lambda: engine.is_draining))
+    app.include_router(static_routes())
     app.add_middleware(Gate, api_keys=settings.api_keys)
     return app

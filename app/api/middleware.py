@@ -15,11 +15,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
+from app.api.routes.static import PAGE_FILES
 from app.errors import ServiceError, Unauthorized
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", *PAGE_FILES})
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 

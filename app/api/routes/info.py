@@ -12,6 +12,7 @@ from app.api.routes.generate import described_by
 from app.engine.client import EngineClient
 from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from app.serving.context import ServingContext
+from app.serving.engine_view import engine_view
 from app.serving.models import get_model, list_models
 from app.serving.tokenize import detokenize, tokenize
 
@@ -41,6 +42,10 @@ def info_routes(context: ServingContext, max_bytes: int) -> APIRouter:
         body = await read_body(request, DetokenizeRequest, max_bytes)
         headers = ignored_header(body)
         return JSONResponse(await detokenize(context, body), headers=headers)
+
+    @router.get("/v1/engine")
+    async def engine() -> JSONResponse:
+        return JSONResponse(engine_view(context))
 
     @router.get("/metrics")
     async def metrics() -> Response:
