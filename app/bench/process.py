@@ -92,6 +92,19 @@ class ServerProcess:
         """Return the memory of the whole tree; pages that its processes share count once."""
         return sum(_proportional_bytes(pid) for pid in _tree(self._process.pid))
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that the whole tree has used, of what is still there."""
+        return sum(_cpu_seconds(pid) for pid in _tree(self._process.pid))
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    fields = text.rpartition(")")[2].split()  # the name before may hold anything
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 def _tree(root: int) -> list[int]:
     pids = [root]

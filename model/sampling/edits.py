@@ -7,6 +7,7 @@ Knows nothing of how a token is then chosen.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -61,10 +62,18 @@ def edit_logits(logits: Tensor, rows: Sequence[SampleRow]) -> None:
 
 
 def _apply_constraints(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    vocab_size = logits.shape[1]
     for index, row in enumerate(rows):
-        if row.mask is not None:
+        if row.mask is None:
+            continue
+        if logits.device.type == "cpu":  # several times as fast as what torch has for it
+            forbidden = np.unpackbits(
+                (~row.mask).numpy().view(np.uint8), count=vocab_size, bitorder="little"
+            )
+            np.copyto(logits[index].numpy(), _FORBIDDEN, where=forbidden.view(np.bool_))
+        else:
             bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-            allowed = ((row.mask[:, None] >> bits) & 1).view(-1)[: logits.shape[1]]
+            allowed = ((row.mask[:, None] >> bits) & 1).view(-1)[:vocab_size]
             logits[index].masked_fill_(allowed == 0, _FORBIDDEN)
 
 
