@@ -12,15 +12,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 _FOLDER = Path(__file__).resolve().parent.parent / "static"
+_STYLE = "text/css; charset=utf-8"
 _SCRIPT = "text/javascript; charset=utf-8"
 PAGE_FILES: Mapping[str, tuple[str, str]] = {  # path -> file, content type
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/static/playground.css": ("playground.css", "text/css; charset=utf-8"),
+    "/static/playground.css": ("playground.css", _STYLE),
+    "/static/layout.css": ("layout.css", _STYLE),
+    "/static/tokens.css": ("tokens.css", _STYLE),
     "/static/playground.js": ("playground.js", _SCRIPT),
     "/static/alternatives.js": ("alternatives.js", _SCRIPT),
     "/static/answer.js": ("answer.js", _SCRIPT),
     "/static/api.js": ("api.js", _SCRIPT),
     "/static/code.js": ("code.js", _SCRIPT),
+    "/static/dialogs.js": ("dialogs.js", _SCRIPT),
     "/static/dom.js": ("dom.js", _SCRIPT),
     "/static/engine.js": ("engine.js", _SCRIPT),
     "/static/settings.js": ("settings.js", _SCRIPT),

@@ -35,6 +35,7 @@ export class TokenList {
     this.onPick = onPick;
     this.units = [];
     this.nodes = [];
+    this.current = 0;
   }
 
   append(units) {
@@ -46,6 +47,8 @@ export class TokenList {
         textContent: unit.text,
       });
       const picked = unit.isPicked ? " picked" : "";
+      // What is only blank would have no name.
+      if (!unit.text.trim()) node.setAttribute("aria-label", describe(unit));
       node.className = `token band-${bandOf(Math.exp(unit.logprob))}${picked}`;
       this.units.push(unit);
       this.nodes.push(node);
@@ -71,7 +74,9 @@ export class TokenList {
     if (place < 0) return;
     const node = this.nodes[place];
     const unit = this.units[place];
-    for (const other of this.nodes) other.tabIndex = other === node ? 0 : -1;
+    this.nodes[this.current].tabIndex = -1; // one stop for the Tab key: where one was last
+    node.tabIndex = 0;
+    this.current = place;
     node.setAttribute("aria-label", describe(unit));
     const pick = (alternative) => this.onPick(place, alternative);
     this.panel.open(node, unit, pick, canWait ? HOVER_MS : 0);
@@ -195,7 +200,9 @@ export class Panel {
     this.node.replaceChildren(
       el("p", { className: "head" }, ...head),
       ...notes.map((note) => el("p", { className: "note" }, note)),
-      rows.length ? el("ul", {}, ...rows) : el("p", { className: "note" }, "No alternatives were asked for."),
+      rows.length
+        ? el("ul", {}, ...rows)
+        : el("p", { className: "note" }, "No alternatives were asked for."),
       el("p", { className: "note" }, "Pick one: the answer is written anew from there."),
     );
     this.node.setAttribute("aria-label", `Alternatives to ${spoken(unit.text)}`);
@@ -204,9 +211,12 @@ export class Panel {
   #place() {
     const { style } = this.node;
     style.left = style.top = "";
-    if (matchMedia("(max-width: 40rem)").matches) return;
     const token = this.token.getClientRects()[0] ?? this.token.getBoundingClientRect();
     const { offsetWidth: width, offsetHeight: height } = this.node;
+    if (matchMedia("(max-width: 40rem)").matches) {
+      scrollBy({ top: Math.max(0, token.bottom + height + 12 - innerHeight) });
+      return;
+    }
     const room = document.documentElement.clientWidth - width - 8;
     const isBelow = token.bottom + height + 12 < innerHeight || token.top < height + 12;
     style.left = `${scrollX + Math.max(8, Math.min(room, token.left - 12))}px`;
@@ -233,12 +243,12 @@ function row(other, onPick) {
     {
       type: "button",
       className: other.isChosen ? "chosen" : "",
-      "aria-label": `Write on from ${spoken(other.label)}, ${percent(share)}${other.isChosen ? ", the model's choice" : ""}`,
       onclick: () => isWhole && onPick(other),
     },
     bar,
-    el("code", {}, visible(other.label)),
-    el("span", { className: "mark", "aria-hidden": "true" }, other.isChosen ? "chosen" : ""),
+    el("code", { "aria-hidden": "true" }, visible(other.label)),
+    el("span", { className: "unseen" }, `Write on from ${spoken(other.label)}, `),
+    el("span", { className: "mark" }, other.isChosen ? "chosen " : ""),
     el("span", { className: "share" }, percent(share)),
   );
   if (!isWhole) {

@@ -3,9 +3,11 @@
 import { urlOf } from "./api.js";
 
 const OPENAI_FIELDS = new Set(
-  ("model messages prompt max_tokens temperature top_p presence_penalty frequency_penalty seed " +
+  (
+    "model messages prompt max_tokens temperature top_p presence_penalty frequency_penalty seed " +
     "stop logit_bias logprobs top_logprobs stream stream_options response_format tools " +
-    "tool_choice n").split(" "),
+    "tool_choice n"
+  ).split(" "),
 );
 
 export function asCurl(path, body, needsKey) {
@@ -53,7 +55,9 @@ function python(value, depth) {
   const isList = Array.isArray(value);
   const items = isList
     ? value.map((item) => python(item, depth + 1))
-    : Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${python(item, depth + 1)}`);
+    : Object.entries(value).map(
+        ([name, item]) => `${JSON.stringify(name)}: ${python(item, depth + 1)}`,
+      );
   const [open, close] = isList ? "[]" : "{}";
   const flat = `${open}${items.join(", ")}${close}`;
   if (flat.length + depth * 4 < 72 && !flat.includes("\n")) return flat;

@@ -27,11 +27,17 @@ export const percent = (probability) => {
   return `${share.toFixed(share >= 99.95 || share < 0.1 ? 2 : 1)} %`;
 };
 
-/** Spell out what cannot be seen: spaces, line ends, nothing at all. */
+/** Spell out what cannot be seen: spaces at the ends, line ends, odd characters, nothing at all. */
 export function visible(text) {
   if (text === "") return "(nothing)";
-  const shown = text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
-  return shown.replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
+  return text
+    .replaceAll("\n", "↵")
+    .replaceAll("\t", "⇥")
+    .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length))
+    .replace(
+      /[^\S ]|\p{C}/gu,
+      (odd) => `U+${odd.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`,
+    );
 }
 
 /** The same for ears. */

@@ -42,7 +42,8 @@ export class EngineView {
       byId("engine-fault").textContent = failure.message;
     }
     clearTimeout(this.timer);
-    if (!this.panel.hidden && !document.hidden) this.timer = setTimeout(() => this.#look(), EVERY_MS);
+    if (!this.panel.hidden && !document.hidden)
+      this.timer = setTimeout(() => this.#look(), EVERY_MS);
   }
 
   #show(now) {
@@ -89,4 +90,4 @@ export class EngineView {
   }
 }
 
-const share = (hits, queries) => (queries ? `${((hits / queries) * 100).toFixed(0)} % of prompt tokens` : "nothing asked yet");
+const share = (hits, queries) => (queries ? `${((hits / queries) * 100).toFixed(0)} %` : "–");

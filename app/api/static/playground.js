@@ -2,8 +2,8 @@
 
 import { Panel } from "./alternatives.js";
 import { Answer, pickedUnit } from "./answer.js";
-import { Failure, getJson, hasKey, isReady, keepKey, postJson, streamEvents } from "./api.js";
-import { asCurl, asPython } from "./code.js";
+import { Failure, getJson, isReady, postJson, streamEvents } from "./api.js";
+import { CodeDialog, KeyDialog } from "./dialogs.js";
 import { byId, el, say } from "./dom.js";
 import { EngineView } from "./engine.js";
 import { Settings } from "./settings.js";
@@ -31,6 +31,8 @@ class Playground {
     this.settings = new Settings(byId("fields"));
     this.panel = new Panel();
     this.engine = new EngineView();
+    this.keyDialog = new KeyDialog();
+    this.codeDialog = new CodeDialog();
     this.prompt = byId("prompt");
     this.#wire();
     this.#setMode("chat");
@@ -51,18 +53,15 @@ class Playground {
       this.prompt.focus();
     });
     byId("code-open").addEventListener("click", () => this.#showCode());
-    byId("code-close").addEventListener("click", () => byId("code-dialog").close());
-    byId("code-copy").addEventListener("click", () => copyCode());
-    byId("key-open").addEventListener("click", () => this.#askKey());
+    byId("key-open").addEventListener("click", async () => {
+      if (await this.keyDialog.ask()) this.#load();
+    });
     byId("settings-toggle").addEventListener("click", () => {
       const isOpen = byId("settings").classList.toggle("open");
       byId("settings-toggle").setAttribute("aria-expanded", String(isOpen));
     });
     for (const radio of document.querySelectorAll("[name=mode]")) {
       radio.addEventListener("change", () => this.#setMode(radio.value));
-    }
-    for (const radio of document.querySelectorAll("[name=language]")) {
-      radio.addEventListener("change", () => this.#fillCode());
     }
     this.prompt.addEventListener("keydown", (event) => {
       const isAsked = this.mode === "chat" ? !event.shiftKey : event.ctrlKey || event.metaKey;
@@ -109,7 +108,8 @@ class Playground {
     place.replaceChildren();
     if (!failure) return;
     place.append(el("p", {}, failure.message));
-    if (failure.detail && failure.status !== 401) place.append(el("p", { className: "hint" }, failure.detail));
+    if (failure.detail && failure.status !== 401)
+      place.append(el("p", { className: "hint" }, failure.detail));
   }
 
   #clear() {
@@ -198,7 +198,13 @@ class Playground {
     this.#cutAfter(turn);
     await this.#stop();
     const { units, text } = turn.answer;
-    await this.#write(turn, new Answer(units.filter((unit) => unit.kept), text));
+    await this.#write(
+      turn,
+      new Answer(
+        units.filter((unit) => unit.kept),
+        text,
+      ),
+    );
   }
 
   /** Write an answer anew from one of its tokens on, with another one in its place. */
@@ -291,19 +297,22 @@ class Playground {
         }
         return;
       } catch (error) {
-        if (error.status !== 401 || !(await this.#askKey(error))) throw error;
+        if (error.status !== 401 || !(await this.keyDialog.ask(error))) throw error;
         answer.startedMs = performance.now();
       }
     }
   }
 
   #failed(error) {
-    const failure = error instanceof Failure ? error : new Failure("This page has a fault.", { detail: String(error) });
+    const failure =
+      error instanceof Failure
+        ? error
+        : new Failure("This page has a fault.", { detail: String(error) });
     this.#fail(failure);
     if (failure.isGone) this.#check();
     const field = failure.param && this.settings.inputs.get(failure.param.split(".")[0]);
     if (field) {
-      field.fault.textContent = failure.detail;
+      field.fault.textContent = "The server refused this.";
       field.input.setAttribute("aria-invalid", "true");
       field.input.closest("details").open = true;
     }
@@ -353,19 +362,12 @@ class Playground {
     return body;
   }
 
-  // Code
-
   #showCode() {
-    if (!this.#fields()) return;
-    this.#fillCode();
-    byId("code-dialog").showModal();
-  }
-
-  #fillCode() {
-    const { mode } = this;
+    const fields = this.#fields();
+    if (!fields) return;
     const body = { model: byId("model").value };
     const draft = this.prompt.value;
-    if (mode === "chat") {
+    if (this.mode === "chat") {
       const turns = this.turns.chat;
       const isAnswered = turns.at(-1) instanceof AnswerTurn;
       const asked = !draft.trim() && isAnswered ? turns.slice(0, -1) : turns;
@@ -373,10 +375,7 @@ class Playground {
     } else {
       body.prompt = draft || "Once upon a time";
     }
-    Object.assign(body, this.#fields() ?? {}, { stream: true });
-    const isPython = document.querySelector("[name=language]:checked").value === "python";
-    byId("code").value = (isPython ? asPython : asCurl)(PATHS[mode], body, hasKey());
-    byId("code-note").textContent = hasKey() ? "The key is taken from ARRIERO_API_KEY." : "";
+    this.codeDialog.open(PATHS[this.mode], { ...body, ...fields, stream: true });
   }
 
   // The server
@@ -387,11 +386,12 @@ class Playground {
       const select = byId("model");
       select.replaceChildren(...data.map((model) => el("option", {}, model.id)));
       this.maxLen = data[0].max_model_len;
-      byId("model-note").textContent = `${data[0].precision ?? ""} · ${this.maxLen.toLocaleString("en")} tokens`;
+      byId("model-note").textContent =
+        `${data[0].precision ?? ""} · ${this.maxLen.toLocaleString("en")} tokens`;
       this.#countSoon();
       await this.#checkTemplate();
     } catch (failure) {
-      if (failure.status === 401 && (await this.#askKey(failure))) await this.#load();
+      if (failure.status === 401 && (await this.keyDialog.ask(failure))) await this.#load();
       else if (failure.isGone) this.#check();
       else this.#fail(failure);
     }
@@ -411,37 +411,6 @@ class Playground {
     }
   }
 
-  /** Ask for the key; return whether one was given. */
-  #askKey(failure = null) {
-    const dialog = byId("key-dialog");
-    if (dialog.open) return Promise.resolve(false);
-    const wasWrong = failure && hasKey();
-    byId("key-why").textContent = wasWrong
-      ? "This key was not accepted. Try another."
-      : (failure?.message ?? "Needed only where the server was started with one.");
-    byId("key").value = "";
-    dialog.returnValue = "";
-    return new Promise((resolve) => {
-      const onSubmit = (event) => {
-        event.preventDefault();
-        keepKey(byId("key").value.trim());
-        dialog.close("given");
-      };
-      const onCancel = () => dialog.close("");
-      byId("key-form").addEventListener("submit", onSubmit);
-      byId("key-cancel").addEventListener("click", onCancel);
-      const onClose = () => {
-        byId("key-form").removeEventListener("submit", onSubmit);
-        byId("key-cancel").removeEventListener("click", onCancel);
-        const isGiven = dialog.returnValue === "given";
-        resolve(isGiven);
-        if (isGiven && !failure) this.#load();
-      };
-      dialog.addEventListener("close", onClose, { once: true });
-      dialog.showModal();
-    });
-  }
-
   /** Look now and then whether the server is there; more often while it is not. */
   async #watch() {
     if (!document.hidden) await this.#check();
@@ -453,7 +422,9 @@ class Playground {
     if (isThere === !this.isGone) return;
     this.isGone = !isThere;
     byId("gone").hidden = isThere;
-    byId("gone").textContent = isThere ? "" : "The server does not answer. Looking for it every second…";
+    byId("gone").textContent = isThere
+      ? ""
+      : "The server does not answer. Looking for it every second…";
     if (!isThere) return;
     say("The server answers again.");
     this.#fail(null);
@@ -495,19 +466,6 @@ async function isControlToken(text) {
     postJson("tokenize", { prompt: text, add_special_tokens: false, parse_special: special });
   const [parsed, plain] = await Promise.all([ask(true), ask(false)]);
   return parsed.tokens.join() !== plain.tokens.join();
-}
-
-async function copyCode() {
-  const code = byId("code");
-  const note = byId("code-note");
-  try {
-    await navigator.clipboard.writeText(code.value);
-    note.textContent = "Copied.";
-  } catch {
-    code.select(); // no clipboard outside a secure context
-    note.textContent = "Selected: press Ctrl+C.";
-  }
-  say(note.textContent);
 }
 
 new Playground();

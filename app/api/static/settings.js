@@ -16,7 +16,7 @@ const GROUPS = [
       { name: "top_p", ...part, min: 0, max: 1, above: 0 },
       { name: "top_k", ...whole, min: -1, hint: "0 means all" },
       { name: "min_p", ...part, min: 0, max: 1 },
-      { name: "seed", ...whole, hint: "the same again" },
+      { name: "seed", ...whole, hint: "repeats an answer" },
     ],
   },
   {
@@ -43,7 +43,12 @@ const GROUPS = [
       { name: "logit_bias", kind: "object", hint: '{"42": -100}' },
       { name: "bad_words", kind: "lines", most: 128, hint: "one a line" },
       { name: "allowed_token_ids", kind: "ids", hint: "ids, with commas" },
-      { name: "skip_special_tokens", kind: "flag", initial: true, hint: "leave control tokens out" },
+      {
+        name: "skip_special_tokens",
+        kind: "flag",
+        initial: true,
+        hint: "off: the end is shown too",
+      },
     ],
   },
   {
@@ -53,7 +58,7 @@ const GROUPS = [
         name: "response_format",
         kind: "object",
         rows: 6,
-        hint: "a JSON schema that the answer keeps to",
+        hint: "a JSON schema for the answer",
         wrap: (schema) => ({ type: "json_schema", json_schema: { name: "answer", schema } }),
       },
       {
@@ -61,7 +66,7 @@ const GROUPS = [
         kind: "list",
         rows: 6,
         isChatOnly: true,
-        hint: "a list of functions that the model may call",
+        hint: "functions the model may call",
       },
     ],
   },
@@ -74,7 +79,8 @@ const READERS = {
     const value = Number(text);
     if (!Number.isFinite(value)) throw new Error("a number, please");
     if (field.step === 1 && !Number.isSafeInteger(value)) throw new Error("a whole number, please");
-    const isLow = field.above === undefined ? value < (field.min ?? -Infinity) : value <= field.above;
+    const isLow =
+      field.above === undefined ? value < (field.min ?? -Infinity) : value <= field.above;
     if (isLow || value > (field.max ?? Infinity)) throw new Error(rangeOf(field));
     return value;
   },
@@ -163,15 +169,22 @@ export class Settings {
 
   #group({ title, isOpen, fields }) {
     const rows = fields.map((field) => this.#row(field));
-    return el("details", { className: "group", open: Boolean(isOpen) }, el("summary", {}, title), ...rows);
+    return el(
+      "details",
+      { className: "group", open: Boolean(isOpen) },
+      el("summary", {}, title),
+      ...rows,
+    );
   }
 
   #row(field) {
     const id = `field-${field.name}`;
     const input = inputOf(field, id);
     const fault = el("p", { className: "fault", id: `${id}-fault` });
-    const hint = el("span", { className: "hint", id: `${id}-hint` }, field.hint ?? "");
-    input.setAttribute("aria-describedby", `${id}-hint ${id}-fault`);
+    const hints = field.hint
+      ? [el("span", { className: "hint", id: `${id}-hint` }, field.hint)]
+      : [];
+    input.setAttribute("aria-describedby", `${hints.length ? `${id}-hint ` : ""}${id}-fault`);
     input.addEventListener("change", () => {
       fault.textContent = this.#readInto({}, field, input, true);
       input.setAttribute("aria-invalid", fault.textContent ? "true" : "false");
@@ -179,17 +192,26 @@ export class Settings {
     this.inputs.set(field.name, { field, input, fault });
     const label = el("label", { htmlFor: id }, el("code", {}, field.name));
     const kind = field.kind === "flag" || field.kind === "number" ? field.kind : "wide";
-    return el("div", { className: `field ${kind}` }, label, hint, input, fault);
+    return el("div", { className: `field ${kind}` }, label, ...hints, input, fault);
   }
 }
 
 function inputOf(field, id) {
-  if (field.kind === "flag") return el("input", { id, type: "checkbox", checked: Boolean(field.initial) });
+  if (field.kind === "flag")
+    return el("input", { id, type: "checkbox", checked: Boolean(field.initial) });
   if (field.kind === "number") {
     const { min, max, step, initial = "" } = field;
     const limits = { ...(min !== undefined && { min }), ...(max !== undefined && { max }) };
-    return el("input", { id, type: "number", step: step === 1 ? 1 : "any", placeholder: "default", value: initial, ...limits });
+    return el("input", {
+      id,
+      type: "number",
+      step: step === 1 ? 1 : "any",
+      placeholder: "default",
+      value: initial,
+      ...limits,
+    });
   }
-  if (field.kind === "ids") return el("input", { id, type: "text", spellcheck: false, autocomplete: "off" });
+  if (field.kind === "ids")
+    return el("input", { id, type: "text", spellcheck: false, autocomplete: "off" });
   return el("textarea", { id, rows: field.rows ?? 2, spellcheck: false });
 }

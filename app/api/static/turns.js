@@ -81,8 +81,8 @@ export class AnswerTurn {
   }
 
   append(units) {
-    if (this.answer.withTokens) this.#tokens().append(units);
-    else this.plain.textContent = this.answer.text;
+    if (units.length && this.answer.withTokens) this.#tokens().append(units);
+    else if (!this.answer.withTokens) this.plain.textContent = this.answer.text;
   }
 
   /** Show how a version came to its end. */
@@ -112,7 +112,9 @@ export class AnswerTurn {
 
   #tokens() {
     if (!this.list) {
-      this.list = new TokenList(this.panel, (place, alternative) => this.onPick(this, place, alternative));
+      this.list = new TokenList(this.panel, (place, alternative) =>
+        this.onPick(this, place, alternative),
+      );
       this.body.append(this.list.node);
     }
     return this.list;
@@ -120,7 +122,7 @@ export class AnswerTurn {
 
   #foot() {
     const { answer } = this;
-    const parts = [el("p", { className: "hint" }, summary(answer))];
+    const actions = el("span", { className: "actions" });
     const action = (name, onclick, label = name) =>
       el("button", { type: "button", className: "quiet", "aria-label": label, onclick }, name);
     const turnTo = (place) => {
@@ -133,21 +135,30 @@ export class AnswerTurn {
       back.disabled = this.place === 0;
       on.disabled = this.place === this.answers.length - 1;
       const which = el("span", {}, `${this.place + 1} of ${this.answers.length}`);
-      parts.push(el("span", { className: "versions" }, back, which, on));
+      actions.append(el("span", { className: "versions" }, back, which, on));
     }
     const isCut = !["stop", "tool_calls", "chosen"].includes(answer.finish);
-    if (isCut && answer.text) parts.push(action("Go on", () => this.onGoOn(this), "Go on writing"));
-    parts.push(action("Again", () => this.onAgain(this), "Answer again"));
-    return parts;
+    if (isCut && answer.text)
+      actions.append(action("Go on", () => this.onGoOn(this), "Go on writing this"));
+    actions.append(action("Again", () => this.onAgain(this), "Again: another answer"));
+    return [el("p", { className: "hint" }, summary(answer)), actions];
   }
 
   #calls() {
     const { toolCalls } = this.answer;
     if (!toolCalls.length) return [];
     const inputs = toolCalls.map((call, at) =>
-      el("textarea", { rows: 2, "aria-label": `Result of ${call.name}, call ${at + 1}`, placeholder: "its result" }),
+      el("textarea", {
+        rows: 2,
+        "aria-label": `Result of ${call.name}, call ${at + 1}`,
+        placeholder: "its result",
+      }),
     );
-    const send = el("button", { type: "button" }, toolCalls.length > 1 ? "Give the results" : "Give the result");
+    const send = el(
+      "button",
+      { type: "button" },
+      toolCalls.length > 1 ? "Give the results" : "Give the result",
+    );
     send.addEventListener("click", () => {
       this.results = inputs.map((input) => input.value);
       send.disabled = true;
@@ -178,7 +189,7 @@ function indented(json) {
 export function summary(answer) {
   const ends = {
     stop: answer.stopString === null ? "ended by itself" : `ended at “${answer.stopString}”`,
-    length: "cut at max_tokens or the context's end",
+    length: "cut at the limit",
     tool_calls: "asks for a tool",
     user: "stopped by you",
     chosen: "ended where you chose",
@@ -186,7 +197,8 @@ export function summary(answer) {
   };
   const parts = [];
   const { numNew, firstMs, startedMs, endedMs } = answer;
-  if (numNew > 0 && answer.finish !== "chosen") parts.push(`${numNew} ${numNew === 1 ? "token" : "tokens"}`);
+  if (numNew > 0 && answer.finish !== "chosen")
+    parts.push(`${numNew} ${numNew === 1 ? "token" : "tokens"}`);
   const seconds = (endedMs - firstMs) / 1000;
   if (numNew > 1 && seconds > 0.05) parts.push(`${((numNew - 1) / seconds).toFixed(1)} a second`);
   if (firstMs !== null) parts.push(`first after ${((firstMs - startedMs) / 1000).toFixed(2)} s`);
