@@ -4,11 +4,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import httpx
 import pytest
 
 from app.api.routes.static import PAGE_FILES
+from app.factory import create_app
+from app.settings import ServerSettings
 from tests.api.serve import client_of, run
-from tests.fake_engine import FakeEngine, says
+from tests.fake_engine import FakeEngine, make_context, says
 
 FOLDER = Path(__file__).resolve().parents[2] / "app" / "api" / "static"
 FILES = sorted(FOLDER.iterdir())
@@ -101,6 +104,18 @@ def test_page_is_open_without_a_key(path):
         async with client_of(FakeEngine(says("x")), api_keys=("secret",)) as client:
             assert (await client.get(path)).status_code == 200
             assert (await client.post(path)).status_code == 405
+
+    run(scenario())
+
+
+def test_page_is_open_under_a_root_path():
+    async def scenario():
+        app = create_app(make_context(FakeEngine(says("x"))), ServerSettings(api_keys=("secret",)))
+        transport = httpx.ASGITransport(app=app, root_path="/llm")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            assert (await client.get("/llm/")).status_code == 200
+            assert (await client.get("/llm/static/playground.js")).status_code == 200
+            assert (await client.get("/llm/v1/engine")).status_code == 401
 
     run(scenario())
 

@@ -65,6 +65,21 @@ const shown = async (page) => (await tokens(page).allTextContents()).join("");
 const picture = (page, name) =>
   page.screenshot({ path: path.join(process.env.ARRIERO_SCREENSHOTS, `${name}.png`) });
 
+const ended = (reason) => ({ delta: {}, finish_reason: reason });
+
+/** Answer chats with choices written here, a list for each request; return the bodies seen. */
+async function answerWith(page, answers) {
+  const bodies = [];
+  await page.route("**/v1/chat/completions", async (route) => {
+    const choices = answers[bodies.length];
+    bodies.push(route.request().postDataJSON());
+    const events = choices.map((choice) => JSON.stringify({ choices: [{ index: 0, ...choice }] }));
+    const body = [...events, "[DONE]"].map((event) => `data: ${event}\n\n`).join("");
+    await route.fulfill({ contentType: "text/event-stream", body });
+  });
+  return bodies;
+}
+
 /** Fail on what axe-core finds serious, or on a fault of the page itself. */
 async function check(page) {
   await page.evaluate(AXE);
@@ -159,6 +174,12 @@ test("keys alone reach a token, its alternatives and the way back", async () => 
   await picture(page, "keyboard");
   await check(page);
   await page.keyboard.press("Escape");
+  await page.keyboard.press("Enter");
+  await page.keyboard.press("Enter");
+  await page.waitForSelector(".versions");
+  assert.equal(await page.evaluate(() => document.activeElement.className), "turn answer");
+  await tokens(page).nth(2).focus();
+  await page.keyboard.press("Escape");
   assert.ok(await page.locator("#alternatives").isHidden());
   assert.equal(await focused(), await tokens(page).nth(2).textContent());
 });
@@ -201,6 +222,32 @@ test("a text is continued, and written anew from a token, in completion mode", a
   await check(page);
 });
 
+test("tokens that only together are a character are shown as one", async () => {
+  const page = await open();
+  const token = (bytes, text = "\ufffd") => {
+    const entry = { token: text, logprob: -0.5, bytes };
+    return { ...entry, top_logprobs: [entry, { token: "a", logprob: -2, bytes: [97] }] };
+  };
+  const said = (content, entry) => ({ delta: { content }, logprobs: { content: [entry] } });
+  const smile = [0xf0, 0x9f, 0x99, 0x82];
+  await answerWith(page, [
+    [
+      said("Hi ", token([72, 105, 32], "Hi ")),
+      said("", token(smile.slice(0, 3))),
+      said("🙂", token(smile.slice(3))),
+      said("\n<b>", token([10, 60, 98, 62], "\n<b>")),
+      ended("stop"),
+    ],
+  ]);
+  await ask(page, "Smile.");
+  await page.waitForSelector(".foot .hint");
+  assert.deepEqual(await tokens(page).allTextContents(), ["Hi ", "🙂", "\n<b>"]);
+  await tokens(page).nth(1).click();
+  assert.match(await page.textContent("#alternatives"), /2 tokens make this character/);
+  assert.equal(await page.locator("#alternatives li button[aria-disabled]").count(), 1);
+  await check(page);
+});
+
 test("an answer keeps to a JSON schema", async () => {
   const page = await open();
   const schema = {
@@ -222,31 +269,13 @@ test("an answer keeps to a JSON schema", async () => {
 
 test("a tool call is shown, and its result goes back to the model", async () => {
   const page = await open();
-  const call = {
-    index: 0,
-    id: "call_1",
-    type: "function",
-    function: { name: "weather", arguments: "" },
-  };
-  const bodies = [];
-  // The model is too small to call tools at will, so that this answer is written here.
-  await page.route("**/v1/chat/completions", async (route) => {
-    bodies.push(route.request().postDataJSON());
-    const args = { index: 0, function: { arguments: '{"city":"Paris"}' } };
-    const deltas =
-      bodies.length > 1
-        ? [{ content: "Sunny." }]
-        : [{ tool_calls: [call] }, { tool_calls: [args] }];
-    const chunks = deltas.map((delta) => ({ choices: [{ index: 0, delta, finish_reason: null }] }));
-    chunks.push({
-      choices: [{ index: 0, delta: {}, finish_reason: bodies.length > 1 ? "stop" : "tool_calls" }],
-    });
-    const lines = [...chunks.map((chunk) => JSON.stringify(chunk)), "[DONE]"];
-    await route.fulfill({
-      contentType: "text/event-stream",
-      body: lines.map((line) => `data: ${line}\n\n`).join(""),
-    });
-  });
+  const call = { index: 0, id: "call_1", function: { name: "weather", arguments: "" } };
+  const rest = { index: 0, function: { arguments: '{"city":"Paris"}' } };
+  // The model is too small to call tools at will, so that these answers are written here.
+  const bodies = await answerWith(page, [
+    [{ delta: { tool_calls: [call] } }, { delta: { tool_calls: [rest] } }, ended("tool_calls")],
+    [{ delta: { content: "Sunny." } }, ended("stop")],
+  ]);
   const tool = { type: "function", function: { name: "weather", parameters: { type: "object" } } };
   await ask(page, "Weather in Paris?", { tools: JSON.stringify([tool]) });
   await page.waitForSelector(".call");
@@ -316,8 +345,12 @@ test("the engine is watched while its panel is open, and only then", async () =>
   assert.equal(numAsked, 0);
   await page.click("#engine-toggle");
   await page.waitForFunction(() => Number(document.getElementById("rate").textContent) > 0);
-  assert.match(await page.textContent("#running"), /1 of 4/);
+  await page.waitForFunction(() => document.getElementById("rate-line").points.length > 2);
+  assert.match(await page.textContent("#running"), /[01] of 4/);
   await picture(page, "engine");
+  const end = () =>
+    page.evaluate(() => document.documentElement.scrollHeight - scrollY - innerHeight);
+  assert.ok((await end()) < 80, "the page follows what is written");
   await check(page);
   await page.click("#engine-toggle");
   const before = numAsked;

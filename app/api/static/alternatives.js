@@ -99,8 +99,10 @@ export class TokenList {
     const last = this.nodes.length - 1;
     const to = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: last }[event.key];
     if (to !== undefined) this.nodes[Math.max(0, Math.min(last, to))].focus();
-    else if (["Enter", " ", "ArrowDown"].includes(event.key)) this.panel.enter();
-    else return;
+    else if (["Enter", " ", "ArrowDown"].includes(event.key)) {
+      this.#show(event.target); // it may have been closed
+      this.panel.enter();
+    } else return;
     event.preventDefault();
   }
 }
@@ -203,9 +205,15 @@ export class Panel {
       rows.length
         ? el("ul", {}, ...rows)
         : el("p", { className: "note" }, "No alternatives were asked for."),
-      el("p", { className: "note" }, "Pick one: the answer is written anew from there."),
+      el("p", { className: "note" }, this.#promise()),
     );
     this.node.setAttribute("aria-label", `Alternatives to ${spoken(unit.text)}`);
+  }
+
+  #promise() {
+    const isLast = !this.token.closest(".turn").nextElementSibling;
+    const promise = "Pick one: the answer is written anew from there";
+    return isLast ? `${promise}.` : `${promise}, and what follows it goes.`;
   }
 
   #place() {

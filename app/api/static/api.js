@@ -64,12 +64,13 @@ export async function postJson(path, body, signal) {
   return (await request(path, { body, signal })).json();
 }
 
-/** True if the server takes requests; asks what is open without a key. */
-export async function isReady() {
+/** Tell whether the server is ready, unready or gone; the question needs no key. */
+export async function askHealth() {
   try {
-    return (await fetch(urlOf("health"), { cache: "no-store" })).ok;
+    const { ok } = await fetch(urlOf("health"), { cache: "no-store" });
+    return ok ? "ready" : "unready";
   } catch {
-    return false;
+    return "gone";
   }
 }
 

@@ -2,7 +2,7 @@
 
 import { Panel } from "./alternatives.js";
 import { Answer, pickedUnit } from "./answer.js";
-import { Failure, getJson, isReady, postJson, streamEvents } from "./api.js";
+import { Failure, askHealth, getJson, postJson, streamEvents } from "./api.js";
 import { CodeDialog, KeyDialog } from "./dialogs.js";
 import { byId, el, say } from "./dom.js";
 import { EngineView } from "./engine.js";
@@ -12,9 +12,14 @@ import { AnswerTurn, UserTurn, summary } from "./turns.js";
 const HEALTH_MS = 5000;
 const HEALTH_GONE_MS = 1000;
 const COUNT_AFTER_MS = 400;
+const FOLLOW_PX = 80; // so near to the end of the page is at its end
 const PATHS = { chat: "v1/chat/completions", completion: "v1/completions" };
 const CONTROL_TOKEN = /^\s*(<.+>|\[.+\])\s*$/s;
 
+const GONE_WORDS = {
+  gone: "The server does not answer. Looking for it every second…",
+  unready: "The server takes no requests at the moment. Asking again every second…",
+};
 const WORDS = {
   chat: { label: "Message", send: "Send", keys: "Enter sends, Shift+Enter breaks the line" },
   completion: { label: "Text to continue", send: "Continue", keys: "Ctrl+Enter continues" },
@@ -27,7 +32,7 @@ class Playground {
     this.drafts = { chat: "", completion: "" };
     this.running = null; // { controller, done } of the answer that is being written
     this.isGone = false;
-    this.maxLen = null;
+    this.isFollowing = true;
     this.settings = new Settings(byId("fields"));
     this.panel = new Panel();
     this.engine = new EngineView();
@@ -73,6 +78,10 @@ class Playground {
       const isBusyElsewhere = !this.panel.node.hidden || document.querySelector("dialog[open]");
       if (event.key === "Escape" && !event.defaultPrevented && !isBusyElsewhere) this.#stop();
     });
+    document.addEventListener("scroll", () => {
+      const { scrollHeight } = document.documentElement;
+      this.isFollowing = innerHeight + scrollY >= scrollHeight - FOLLOW_PX;
+    });
     for (const input of [this.prompt, byId("system")]) {
       input.addEventListener("input", () => this.#countSoon());
     }
@@ -85,7 +94,7 @@ class Playground {
     const words = WORDS[mode];
     this.prompt.value = this.drafts[mode];
     this.prompt.placeholder = byId("prompt-label").textContent = words.label;
-    this.prompt.rows = mode === "chat" ? 2 : 5;
+    this.prompt.classList.toggle("tall", mode !== "chat");
     byId("send").textContent = words.send;
     byId("keys").textContent = words.keys;
     byId("thread-chat").hidden = byId("system-field").hidden = mode !== "chat";
@@ -98,8 +107,11 @@ class Playground {
 
   #refresh() {
     byId("empty").hidden = this.turns[this.mode].length > 0;
-    byId("stop").hidden = this.running === null;
-    byId("send").hidden = this.running !== null;
+    const [stop, send] = [byId("stop"), byId("send")];
+    const hadFocus = [stop, send].includes(document.activeElement);
+    stop.hidden = this.running === null;
+    send.hidden = this.running !== null;
+    if (hadFocus) (this.running ? stop : send).focus();
   }
 
   /** Show a failure in plain words, or take the last one away. */
@@ -122,11 +134,10 @@ class Playground {
   }
 
   #add(turn) {
-    const isAtEnd = this.#isAtEnd();
     this.turns[this.mode].push(turn);
     byId(`thread-${this.mode}`).append(turn.node);
     this.#refresh();
-    if (isAtEnd) this.#toEnd();
+    this.#toEnd();
   }
 
   #drop(turn) {
@@ -137,11 +148,13 @@ class Playground {
     this.#refresh();
   }
 
-  #isAtEnd() {
-    return innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
+  /** Follow what is written, unless somebody has scrolled up to read. */
+  #follow() {
+    if (this.isFollowing) this.#toEnd();
   }
 
   #toEnd() {
+    this.isFollowing = true;
     scrollTo({ top: document.documentElement.scrollHeight });
   }
 
@@ -161,7 +174,6 @@ class Playground {
     const turn = this.#newAnswerTurn(isChat ? null : text);
     this.#add(turn);
     if (isChat) this.prompt.value = "";
-    this.#toEnd();
     const isAnswered = await this.#write(turn, new Answer());
     if (isAnswered) return;
     this.#drop(turn);
@@ -290,9 +302,8 @@ class Playground {
         for await (const event of streamEvents(PATHS[mode], body, signal)) {
           if (event.usage) answer.usage = event.usage;
           for (const choice of event.choices) {
-            const isAtEnd = this.#isAtEnd();
             turn.append(answer.take(choice));
-            if (isAtEnd) this.#toEnd();
+            this.#follow();
           }
         }
         return;
@@ -385,9 +396,8 @@ class Playground {
       const { data } = await getJson("v1/models");
       const select = byId("model");
       select.replaceChildren(...data.map((model) => el("option", {}, model.id)));
-      this.maxLen = data[0].max_model_len;
-      byId("model-note").textContent =
-        `${data[0].precision ?? ""} · ${this.maxLen.toLocaleString("en")} tokens`;
+      const maxLen = data[0].max_model_len.toLocaleString("en");
+      byId("model-note").textContent = `${data[0].precision ?? ""} · ${maxLen} tokens`;
       this.#countSoon();
       await this.#checkTemplate();
     } catch (failure) {
@@ -418,14 +428,14 @@ class Playground {
   }
 
   async #check() {
-    const isThere = await isReady();
-    if (isThere === !this.isGone) return;
-    this.isGone = !isThere;
-    byId("gone").hidden = isThere;
-    byId("gone").textContent = isThere
-      ? ""
-      : "The server does not answer. Looking for it every second…";
-    if (!isThere) return;
+    const health = await askHealth();
+    const words = GONE_WORDS[health] ?? "";
+    const wasGone = this.isGone;
+    this.isGone = words !== "";
+    const banner = byId("gone");
+    banner.hidden = !this.isGone;
+    if (banner.textContent !== words) banner.textContent = words;
+    if (this.isGone || !wasGone) return;
     say("The server answers again.");
     this.#fail(null);
     this.#load();

@@ -35,7 +35,7 @@ export class AnswerTurn {
     this.foot = el("div", { className: "foot" });
     this.node = el(
       "article",
-      { className: "turn answer", "aria-label": name },
+      { className: "turn answer", "aria-label": name, tabIndex: -1 },
       el("h2", {}, name),
       this.body,
       this.calls,
@@ -66,9 +66,13 @@ export class AnswerTurn {
 
   /** Show a new version, which is yet to be written. */
   begin(answer) {
+    const hadFocus = [this.node, this.panel.node].some((node) =>
+      node.contains(document.activeElement),
+    );
     this.answers.push(answer);
     this.results = null;
     this.#show(this.answers.length - 1);
+    if (hadFocus) this.node.focus({ preventScroll: true }); // what had it is gone
     this.node.setAttribute("aria-busy", "true");
   }
 
@@ -88,7 +92,11 @@ export class AnswerTurn {
   /** Show how a version came to its end. */
   end() {
     this.node.removeAttribute("aria-busy");
-    this.#show(this.place);
+    const { answer } = this;
+    this.append(answer.units.slice(this.list?.units.length ?? 0));
+    this.list?.settle();
+    this.plain.textContent = answer.text;
+    this.#close();
   }
 
   #show(place) {
@@ -102,12 +110,17 @@ export class AnswerTurn {
     this.plain.className = answer.withTokens ? "said unseen" : "said";
     const isOver = answer.endedMs !== null;
     this.plain.textContent = isOver || !answer.withTokens ? answer.text : "";
-    if (answer.withTokens && answer.units.length) {
-      this.#tokens().append(answer.units);
-      if (isOver) this.list.settle();
-    }
-    this.calls.replaceChildren(...(isOver ? this.#calls() : []));
-    this.foot.replaceChildren(...(isOver ? this.#foot() : []));
+    this.append(answer.units);
+    this.calls.replaceChildren();
+    this.foot.replaceChildren();
+    if (!isOver) return;
+    this.list?.settle();
+    this.#close();
+  }
+
+  #close() {
+    this.calls.replaceChildren(...this.#calls());
+    this.foot.replaceChildren(...this.#foot());
   }
 
   #tokens() {
