@@ -67,6 +67,13 @@ const picture = (page, name) =>
 
 const ended = (reason) => ({ delta: {}, finish_reason: reason });
 
+/** One token of a stream written here, beside the text that it makes. */
+function said(delta, bytes, token = String.fromCharCode(...bytes)) {
+  const entry = { token, logprob: -0.5, bytes };
+  const other = { token: "a", logprob: -2, bytes: [97] };
+  return { delta, logprobs: { content: [{ ...entry, top_logprobs: [entry, other] }] } };
+}
+
 /** Answer chats with choices written here, a list for each request; return the bodies seen. */
 async function answerWith(page, answers) {
   const bodies = [];
@@ -224,18 +231,13 @@ test("a text is continued, and written anew from a token, in completion mode", a
 
 test("tokens that only together are a character are shown as one", async () => {
   const page = await open();
-  const token = (bytes, text = "\ufffd") => {
-    const entry = { token: text, logprob: -0.5, bytes };
-    return { ...entry, top_logprobs: [entry, { token: "a", logprob: -2, bytes: [97] }] };
-  };
-  const said = (content, entry) => ({ delta: { content }, logprobs: { content: [entry] } });
   const smile = [0xf0, 0x9f, 0x99, 0x82];
   await answerWith(page, [
     [
-      said("Hi ", token([72, 105, 32], "Hi ")),
-      said("", token(smile.slice(0, 3))),
-      said("🙂", token(smile.slice(3))),
-      said("\n<b>", token([10, 60, 98, 62], "\n<b>")),
+      said({ content: "Hi " }, [72, 105, 32]),
+      said({}, smile.slice(0, 3), "\ufffd"),
+      said({ content: "🙂" }, smile.slice(3), "\ufffd"),
+      said({ content: "\n<b>" }, [10, 60, 98, 62]),
       ended("stop"),
     ],
   ]);
@@ -246,6 +248,35 @@ test("tokens that only together are a character are shown as one", async () => {
   assert.match(await page.textContent("#alternatives"), /2 tokens make this character/);
   assert.equal(await page.locator("#alternatives li button[aria-disabled]").count(), 1);
   await check(page);
+});
+
+test("reasoning is shown apart, and only the text is taken up again", async () => {
+  const page = await open();
+  const bytes = (text) => [...Buffer.from(text)];
+  const bodies = await answerWith(page, [
+    [
+      said({}, bytes("<think>")),
+      said({ reasoning_content: "Yes" }, bytes("Yes")),
+      said({}, bytes("</think>")),
+      said({ content: "Yes" }, bytes("Yes")),
+      said({ content: " sir" }, bytes(" sir")),
+      ended("stop"),
+    ],
+    [said({ content: "!" }, bytes("!")), ended("stop")],
+  ]);
+  await ask(page, "Sure?");
+  await page.waitForSelector(".foot .hint");
+  assert.equal(await page.locator(".token.outside").count(), 3);
+  assert.equal(await page.textContent(".answer details p"), "Yes");
+  await tokens(page).nth(1).click();
+  assert.equal(await page.locator("#alternatives button:not([aria-disabled])").count(), 0);
+  await check(page);
+  await tokens(page).nth(4).click();
+  await page.locator("#alternatives .chosen").click();
+  await page.waitForSelector(".versions");
+  assert.deepEqual(bodies[1].messages.at(-1), { role: "assistant", content: "Yes sir" });
+  assert.equal(bodies[1].continue_final_message, true);
+  assert.equal(await shown(page), "Yes sir!");
 });
 
 test("an answer keeps to a JSON schema", async () => {
@@ -262,7 +293,7 @@ test("an answer keeps to a JSON schema", async () => {
     response_format: JSON.stringify(schema),
   });
   await page.waitForSelector(".foot .hint");
-  assert.deepEqual(Object.keys(JSON.parse(await page.textContent(".answer .said"))), ["city"]);
+  assert.deepEqual(Object.keys(JSON.parse(await page.textContent(".answer .body .said"))), ["city"]);
   await picture(page, "schema");
   await check(page);
 });

@@ -10,6 +10,7 @@ import { byId, el, percent, spoken, visible } from "./dom.js";
 const BANDS = [0.9, 0.6, 0.3, 0.1]; // probability from which a token is in the band, 0 the surest
 const HOVER_MS = 120;
 const LEAVE_MS = 300;
+const FIXED = "Reasoning and calls of tools cannot be taken up half-way.";
 
 export const bandOf = (probability) => {
   const band = BANDS.findIndex((least) => probability >= least);
@@ -59,9 +60,7 @@ export class TokenList {
   /** Mark the tokens that the answer's text leaves out: its end, or what lies past a stop string. */
   settle() {
     this.units.forEach((unit, at) => {
-      const isOut = unit.kept === "" && unit.text !== "";
-      this.nodes[at].classList.toggle("outside", isOut);
-      if (isOut) this.nodes[at].textContent = visible(unit.text);
+      this.nodes[at].classList.toggle("outside", unit.kept === "" && unit.text !== "");
     });
   }
 
@@ -198,14 +197,14 @@ export class Panel {
     if (unit.isPicked) notes.push("Picked by you.");
     if (unit.numTokens > 1) notes.push(`${unit.numTokens} tokens make this character.`);
     if (unit.kept === "") notes.push("Not part of the text.");
-    const rows = unit.alternatives.map((other) => row(other, onPick));
+    const rows = unit.alternatives.map((other) => row(other, unit.isFixed ? null : onPick));
     this.node.replaceChildren(
       el("p", { className: "head" }, ...head),
       ...notes.map((note) => el("p", { className: "note" }, note)),
       rows.length
         ? el("ul", {}, ...rows)
         : el("p", { className: "note" }, "No alternatives were asked for."),
-      el("p", { className: "note" }, this.#promise()),
+      el("p", { className: "note" }, unit.isFixed ? FIXED : this.#promise()),
     );
     this.node.setAttribute("aria-label", `Alternatives to ${spoken(unit.text)}`);
   }
@@ -245,13 +244,13 @@ function row(other, onPick) {
   const share = Math.exp(other.logprob);
   const bar = el("span", { className: "bar", "aria-hidden": "true" });
   bar.style.width = `${Math.max(share * 100, 0.5)}%`;
-  const isWhole = other.text !== null && other.text !== "";
+  const isWhole = Boolean(other.text);
   const button = el(
     "button",
     {
       type: "button",
       className: other.isChosen ? "chosen" : "",
-      onclick: () => isWhole && onPick(other),
+      onclick: () => isWhole && onPick?.(other),
     },
     bar,
     el("code", { "aria-hidden": "true" }, visible(other.label)),
@@ -259,9 +258,7 @@ function row(other, onPick) {
     el("span", { className: "mark" }, other.isChosen ? "chosen " : ""),
     el("span", { className: "share" }, percent(share)),
   );
-  if (!isWhole) {
-    button.setAttribute("aria-disabled", "true");
-    button.title = "Part of a character: cannot be sent as text";
-  }
+  if (!isWhole || !onPick) button.setAttribute("aria-disabled", "true");
+  if (!isWhole) button.title = "Part of a character: cannot be sent as text";
   return el("li", {}, button);
 }

@@ -17,6 +17,7 @@ export class Answer {
     this.numKept = units.length;
     this.finish = null; // stop, length, tool_calls, user, chosen, error
     this.stopString = null;
+    this.reasoning = "";
     this.toolCalls = [];
     this.usage = null;
     this.failure = null;
@@ -30,6 +31,7 @@ export class Answer {
   take(choice) {
     const delta = choice.delta;
     this.text += (delta ? delta.content : choice.text) ?? "";
+    this.reasoning += delta?.reasoning_content ?? "";
     this.#takeToolCalls(delta?.tool_calls ?? []);
     if (choice.finish_reason) this.finish = choice.finish_reason;
     if (typeof choice.stop_reason === "string") this.stopString = choice.stop_reason;
@@ -55,20 +57,34 @@ export class Answer {
     if (this.pending.length) this.units.push(unitOf(this.pending, true));
     this.pending = [];
     let place = 0;
+    let numToSkip = this.#numBeforeText();
     for (const unit of this.units) {
-      const left = this.text.slice(place);
+      const left = numToSkip > 0 ? "" : this.text.slice(place);
+      numToSkip -= unit.text.length;
       if (left.startsWith(unit.text)) unit.kept = unit.text;
       else unit.kept = left && unit.text.startsWith(left) ? left : ""; // cut by a stop string
+      // Neither a template nor a server takes half of these back.
+      unit.isFixed = unit.kept === "" && this.hasHidden;
       place += unit.kept.length;
     }
   }
 
-  /** Return the text before a unit. */
-  textBefore(place) {
-    return this.units
-      .slice(0, place)
-      .map((unit) => unit.kept ?? unit.text)
-      .join("");
+  /** True if the tokens say more than the text: reasoning, or calls of tools. */
+  get hasHidden() {
+    return this.reasoning !== "" || this.toolCalls.length > 0;
+  }
+
+  /** Return the units of the text before a place, as they stand in it. */
+  keptBefore(place = this.units.length) {
+    const kept = this.units.slice(0, place).filter((unit) => unit.kept);
+    return kept.map((unit) => ({ ...unit, text: unit.kept }));
+  }
+
+  /** Count the characters of tokens that come before the text: reasoning is said first. */
+  #numBeforeText() {
+    if (!this.hasHidden) return 0;
+    const said = this.units.map((unit) => unit.text).join("");
+    return Math.max(0, this.text ? said.lastIndexOf(this.text) : said.length);
   }
 
   get numNew() {

@@ -209,14 +209,7 @@ class Playground {
   async #goOn(turn) {
     this.#cutAfter(turn);
     await this.#stop();
-    const { units, text } = turn.answer;
-    await this.#write(
-      turn,
-      new Answer(
-        units.filter((unit) => unit.kept),
-        text,
-      ),
-    );
+    await this.#write(turn, new Answer(turn.answer.keptBefore(), turn.answer.text));
   }
 
   /** Write an answer anew from one of its tokens on, with another one in its place. */
@@ -225,8 +218,8 @@ class Playground {
     await this.#stop();
     const { answer } = turn;
     const picked = pickedUnit(answer.units[place], alternative);
-    const kept = answer.units.slice(0, place).filter((unit) => unit.kept);
-    const text = answer.textBefore(place);
+    const kept = answer.keptBefore(place);
+    const text = kept.map((unit) => unit.text).join("");
     this.#cutAfter(turn);
     this.#fail(null);
     try {

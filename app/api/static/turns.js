@@ -31,12 +31,15 @@ export class AnswerTurn {
     const name = prompt === null ? "Assistant" : "Completion";
     this.plain = el("p", { className: "said" }); // shown without probabilities, else for ears alone
     this.body = el("div", { className: "body" });
+    this.thoughts = el("p", { className: "said" });
+    this.reasoning = el("details", {}, el("summary", {}, "Reasoning"), this.thoughts);
     this.calls = el("div", { className: "calls" });
     this.foot = el("div", { className: "foot" });
     this.node = el(
       "article",
       { className: "turn answer", "aria-label": name, tabIndex: -1 },
       el("h2", {}, name),
+      this.reasoning,
       this.body,
       this.calls,
       this.foot,
@@ -87,6 +90,8 @@ export class AnswerTurn {
   append(units) {
     if (units.length && this.answer.withTokens) this.#tokens().append(units);
     else if (!this.answer.withTokens) this.plain.textContent = this.answer.text;
+    this.reasoning.hidden = !this.answer.reasoning;
+    this.thoughts.textContent = this.answer.reasoning;
   }
 
   /** Show how a version came to its end. */
