@@ -155,6 +155,7 @@ test("the end of an answer is a token too, and can be chosen", async () => {
   const last = tokens(page).last();
   assert.equal(await last.textContent(), "<|im_end|>");
   assert.match(await last.getAttribute("class"), /outside/);
+  await picture(page, "end");
   await last.click();
   await page.locator("#alternatives .chosen").click();
   await page.waitForSelector(".versions");
