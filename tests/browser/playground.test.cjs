@@ -294,7 +294,9 @@ test("an answer keeps to a JSON schema", async () => {
     response_format: JSON.stringify(schema),
   });
   await page.waitForSelector(".foot .hint");
-  assert.deepEqual(Object.keys(JSON.parse(await page.textContent(".answer .body .said"))), ["city"]);
+  assert.deepEqual(Object.keys(JSON.parse(await page.textContent(".answer .body .said"))), [
+    "city",
+  ]);
   await picture(page, "schema");
   await check(page);
 });
@@ -308,6 +310,7 @@ test("a tool call is shown, and its result goes back to the model", async () => 
     [{ delta: { tool_calls: [call] } }, { delta: { tool_calls: [rest] } }, ended("tool_calls")],
     [{ delta: { content: "Sunny." } }, ended("stop")],
   ]);
+  await page.locator("#field-tool_choice").evaluate((node) => (node.value = "required"));
   const tool = { type: "function", function: { name: "weather", parameters: { type: "object" } } };
   await ask(page, "Weather in Paris?", { tools: JSON.stringify([tool]) });
   await page.waitForSelector(".call");
@@ -318,6 +321,7 @@ test("a tool call is shown, and its result goes back to the model", async () => 
   await page.click("text=Give the result");
   await page.waitForSelector("text=Sunny.");
   assert.deepEqual(bodies[0].tools, [tool]);
+  assert.equal(bodies[0].tool_choice, "required");
   const [, said, result] = bodies[1].messages;
   assert.equal(said.tool_calls[0].function.arguments, '{"city":"Paris"}');
   assert.deepEqual(result, { role: "tool", tool_call_id: "call_1", content: "22 degrees, sun" });

@@ -68,6 +68,12 @@ const GROUPS = [
         isChatOnly: true,
         hint: "functions the model may call",
       },
+      {
+        name: "tool_choice",
+        kind: "choice",
+        options: ["auto", "required", "none"],
+        isChatOnly: true,
+      },
     ],
   },
 ];
@@ -84,6 +90,7 @@ const READERS = {
     if (isLow || value > (field.max ?? Infinity)) throw new Error(rangeOf(field));
     return value;
   },
+  choice: (text) => text,
   lines(text, field) {
     const lines = text.split("\n").filter(Boolean).map(unescaped);
     if (lines.length > field.most) throw new Error(`at most ${field.most} lines`);
@@ -191,8 +198,15 @@ export class Settings {
     });
     this.inputs.set(field.name, { field, input, fault });
     const label = el("label", { htmlFor: id }, el("code", {}, field.name));
-    const kind = field.kind === "flag" || field.kind === "number" ? field.kind : "wide";
-    return el("div", { className: `field ${kind}` }, label, ...hints, input, fault);
+    const isWide = !["flag", "number", "choice"].includes(field.kind);
+    return el(
+      "div",
+      { className: `field ${isWide ? "wide" : field.kind}` },
+      label,
+      ...hints,
+      input,
+      fault,
+    );
   }
 }
 
@@ -210,6 +224,10 @@ function inputOf(field, id) {
       value: initial,
       ...limits,
     });
+  }
+  if (field.kind === "choice") {
+    const options = field.options.map((name) => el("option", {}, name));
+    return el("select", { id }, el("option", { value: "" }, "default"), ...options);
   }
   if (field.kind === "ids")
     return el("input", { id, type: "text", spellcheck: false, autocomplete: "off" });

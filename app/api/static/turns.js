@@ -50,21 +50,22 @@ export class AnswerTurn {
     return this.answers[this.place];
   }
 
+  /** Return what was said; calls of tools only with their results, as templates want both. */
   messages() {
     const { text = "", toolCalls = [] } = this.answer ?? {};
-    if (!text && !toolCalls.length) return [];
     const message = { role: "assistant", content: text };
-    if (!toolCalls.length) return [message];
-    message.tool_calls = toolCalls.map(({ id, name, arguments: args }) => ({
+    if (!this.results) return text ? [message] : [];
+    const calls = toolCalls.map(({ id, name, arguments: args }) => ({
       id,
       type: "function",
       function: { name, arguments: args },
     }));
-    const results = this.results ?? [];
-    return [
-      message,
-      ...results.map((content, at) => ({ role: "tool", tool_call_id: toolCalls[at].id, content })),
-    ];
+    const results = this.results.map((content, at) => ({
+      role: "tool",
+      tool_call_id: toolCalls[at].id,
+      content,
+    }));
+    return [{ ...message, tool_calls: calls }, ...results];
   }
 
   /** Show a new version, which is yet to be written. */
