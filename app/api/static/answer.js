@@ -19,6 +19,7 @@ export class Answer {
     this.stopString = null;
     this.reasoning = "";
     this.toolCalls = [];
+    this.results = null; // of the tools, once given
     this.usage = null;
     this.failure = null;
     this.startedMs = performance.now();

@@ -33,6 +33,7 @@ class Playground {
     this.running = null; // { controller, done } of the answer that is being written
     this.isGone = false;
     this.isFollowing = true;
+    this.frame = 0;
     this.settings = new Settings(byId("fields"));
     this.panel = new Panel();
     this.engine = new EngineView();
@@ -78,9 +79,13 @@ class Playground {
       const isBusyElsewhere = !this.panel.node.hidden || document.querySelector("dialog[open]");
       if (event.key === "Escape" && !event.defaultPrevented && !isBusyElsewhere) this.#stop();
     });
+    let lastY = 0;
     document.addEventListener("scroll", () => {
       const { scrollHeight } = document.documentElement;
-      this.isFollowing = innerHeight + scrollY >= scrollHeight - FOLLOW_PX;
+      // More may have been written since the page was at its end: only a way up is a will.
+      if (innerHeight + scrollY >= scrollHeight - FOLLOW_PX) this.isFollowing = true;
+      else if (scrollY < lastY) this.isFollowing = false;
+      lastY = scrollY;
     });
     for (const input of [this.prompt, byId("system")]) {
       input.addEventListener("input", () => this.#countSoon());
@@ -148,9 +153,13 @@ class Playground {
     this.#refresh();
   }
 
-  /** Follow what is written, unless somebody has scrolled up to read. */
+  /** Follow what is written, once a frame, unless somebody has scrolled up to read. */
   #follow() {
-    if (this.isFollowing) this.#toEnd();
+    if (!this.isFollowing || this.frame) return;
+    this.frame = requestAnimationFrame(() => {
+      this.frame = 0;
+      if (this.isFollowing) this.#toEnd();
+    });
   }
 
   #toEnd() {

@@ -27,7 +27,6 @@ export class AnswerTurn {
     this.answers = [];
     this.place = -1;
     this.list = null;
-    this.results = null; // of tool calls, once given
     const name = prompt === null ? "Assistant" : "Completion";
     this.plain = el("p", { className: "said" }); // shown without probabilities, else for ears alone
     this.body = el("div", { className: "body" });
@@ -52,20 +51,20 @@ export class AnswerTurn {
 
   /** Return what was said; calls of tools only with their results, as templates want both. */
   messages() {
-    const { text = "", toolCalls = [] } = this.answer ?? {};
+    const { text = "", toolCalls = [], results = null } = this.answer ?? {};
     const message = { role: "assistant", content: text };
-    if (!this.results) return text ? [message] : [];
+    if (!results) return text ? [message] : [];
     const calls = toolCalls.map(({ id, name, arguments: args }) => ({
       id,
       type: "function",
       function: { name, arguments: args },
     }));
-    const results = this.results.map((content, at) => ({
+    const told = results.map((content, at) => ({
       role: "tool",
       tool_call_id: toolCalls[at].id,
       content,
     }));
-    return [{ ...message, tool_calls: calls }, ...results];
+    return [{ ...message, tool_calls: calls }, ...told];
   }
 
   /** Show a new version, which is yet to be written. */
@@ -74,7 +73,6 @@ export class AnswerTurn {
       node.contains(document.activeElement),
     );
     this.answers.push(answer);
-    this.results = null;
     this.#show(this.answers.length - 1);
     if (hadFocus) this.node.focus({ preventScroll: true }); // what had it is gone
     this.node.setAttribute("aria-busy", "true");
@@ -179,7 +177,7 @@ export class AnswerTurn {
       toolCalls.length > 1 ? "Give the results" : "Give the result",
     );
     send.addEventListener("click", () => {
-      this.results = inputs.map((input) => input.value);
+      this.answer.results = inputs.map((input) => input.value);
       send.disabled = true;
       this.onResults();
     });
