@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from app.engine.drafts import NgramSpeculation
 from app.settings import Environment, ServerSettings, read_environment
+from app.text.tools.parser import ToolFormat
 from model.config import LoadOptions
 from model.errors import ModelError
 
@@ -24,6 +25,7 @@ class Command:
     server: ServerSettings
     served_model_names: tuple[str, ...]
     chat_template: Path | None
+    tool_call_parser: ToolFormat | None
     enable_prefix_caching: bool
     speculation: NgramSpeculation | None
 
@@ -65,6 +67,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--generation-config", choices=["auto", "vllm"], default="auto",
         help="auto: sampling defaults from generation_config.json; vllm: OpenAI's")  # fmt: skip
     add("--chat-template", type=Path, help="file with a Jinja template")
+    add("--tool-call-parser", choices=["hermes", "llama3_json", "pythonic"],
+        help="form of tool calls; default: as the chat template has it")  # fmt: skip
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True,
         help="reuse K/V of prompts that begin alike")  # fmt: skip
     add("--speculative-config", type=parse_speculation, metavar="JSON",
@@ -163,6 +167,7 @@ def parse(argv: list[str] | None, environment: Environment) -> Command:
         server=server,
         served_model_names=served or (str(named),),
         chat_template=args.chat_template,
+        tool_call_parser=args.tool_call_parser,
         enable_prefix_caching=args.enable_prefix_caching,
         speculation=args.speculative_config,
     )

@@ -18,6 +18,8 @@ from app.serving.metrics import RequestMetrics
 from app.settings import ServerSettings
 from app.text.chat_template import ChatTemplate, end_of_turn_ids
 from app.text.grammar.compiler import GrammarCompiler
+from app.text.reasoning import detect_think_tags
+from app.text.tools.parser import TAGS, detect_format
 from model.errors import ConfigError
 from model.loader import LoadedModel, ModelInfo, Progress, inspect_model, load_model
 
@@ -101,6 +103,11 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
         precision=info.precision.name,
         metrics=RequestMetrics(command.served_model_names[0], engine.stats),
         grammars=GrammarCompiler(tokenizer, vocab_size=info.config.vocab_size, end_token_ids=ends),
+        tool_format=command.tool_call_parser or detect_format(source),
+        think_tags=detect_think_tags(source),
+        tag_token_ids=frozenset(
+            tokenizer.added_tokens[tag] for tag in TAGS if tag in tokenizer.added_tokens
+        ),
     )
 
 

@@ -162,6 +162,9 @@ class FakeEngine:
         self.streams.append(FakeStream(self, request))
         return self.streams[-1]
 
+    async def count_cached(self, token_ids: Sequence[int], cache_salt: str) -> int:
+        return len(token_ids) // 16 * 16 if not cache_salt else 0
+
     def stats(self) -> EngineStats:
         return EngineStats(num_blocks=64, num_free_blocks=48, num_requests_running=1)
 
@@ -177,7 +180,12 @@ def says(text: str) -> Script:
     return lambda request, sampling: [*text.encode(), EOS]
 
 
-def make_context(engine: FakeEngine, *, has_template: bool = True) -> ServingContext:
+def make_context(
+    engine: FakeEngine,
+    *,
+    has_template: bool = True,
+    think_tags: tuple[str, str] | None = None,
+) -> ServingContext:
     tokenizer = ByteTokenizer()
     template = ChatTemplate(
         TEMPLATE,
@@ -197,4 +205,6 @@ def make_context(engine: FakeEngine, *, has_template: bool = True) -> ServingCon
         precision="float32, float32 K/V, torch",
         metrics=RequestMetrics("fake", engine.stats),
         grammars=GrammarCompiler(tokenizer, vocab_size=VOCAB, end_token_ids={EOS}),
+        tool_format="hermes",
+        think_tags=think_tags,
     )

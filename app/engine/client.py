@@ -96,6 +96,10 @@ class EngineClient(Protocol):
         """Queue a request. Raises ContextLengthExceeded, Overloaded, Draining or EngineDead."""
         ...
 
+    async def count_cached(self, token_ids: Sequence[int], cache_salt: str) -> int:
+        """Return how many tokens of a prompt the prefix cache holds just now."""
+        ...
+
     def stats(self) -> EngineStats: ...
 
     def heartbeat_age_s(self) -> float:

@@ -13,7 +13,17 @@ from functools import partial
 
 from app.engine.client import EngineRequest, EngineStats, SequenceOutput
 from app.engine.drafts import NgramSpeculation
-from app.engine.loop import Delivery, Finish, FinishAll, Inbox, Message, StepLoop, Stop, Submit
+from app.engine.loop import (
+    CountCached,
+    Delivery,
+    Finish,
+    FinishAll,
+    Inbox,
+    Message,
+    StepLoop,
+    Stop,
+    Submit,
+)
 from app.engine.scheduler import Scheduler
 from app.errors import ContextLengthExceeded, Draining, EngineDead, Overloaded
 from model.step import Runner, RunnerLimits
@@ -88,6 +98,7 @@ class Engine:
         self._step_loop = StepLoop(runner, self._scheduler, self._inbox, self._hand_over)
         self._thread = threading.Thread(target=self._work, name="arriero-engine", daemon=True)
         self._streams: dict[str, _Stream] = {}
+        self._questions: set[asyncio.Future[int]] = set()
         self._all_done = asyncio.Event()
         self._num_live_seqs = 0
         self._is_draining = False
@@ -134,11 +145,31 @@ class Engine:
         self._inbox.put(Submit(request))
         return stream
 
-    def _check(self, request: EngineRequest) -> None:
+    async def count_cached(self, token_ids: Sequence[int], cache_salt: str) -> int:
+        """Ask the worker, between two of its steps. Raises EngineDead or Draining."""
+        self._check_alive()
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._questions.add(answer)
+        answer.add_done_callback(self._questions.discard)
+
+        def settle(count: int) -> None:
+            if not answer.done():
+                answer.set_result(count)
+
+        def on_worker(count: int) -> None:
+            self._call_soon(partial(settle, count))
+
+        self._inbox.put(CountCached(tuple(token_ids), cache_salt, on_worker))
+        return await answer
+
+    def _check_alive(self) -> None:
         if self._is_dead:
             raise EngineDead("the engine has stopped; the server needs a restart")
         if self._is_draining:
             raise Draining("the server is shutting down")
+
+    def _check(self, request: EngineRequest) -> None:
+        self._check_alive()
         limits = self._limits
         max_tokens = max(sampling.max_tokens for sampling in request.sampling)
         num_tokens = len(request.prompt_token_ids) + max_tokens
@@ -221,6 +252,9 @@ class Engine:
     def _fail_streams(self, error: str) -> None:
         for stream in self._streams.values():
             stream.fail(error)
+        for question in self._questions:
+            if not question.done():
+                question.set_exception(EngineDead(error))
         self._streams.clear()
         self._num_live_seqs = 0
         self._all_done.set()

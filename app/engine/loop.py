@@ -54,11 +54,20 @@ class FinishAll:
 
 
 @dataclass(frozen=True, slots=True)
+class CountCached:
+    """A question: how much of a prompt is in the prefix cache. `answer` is called with it."""
+
+    token_ids: tuple[int, ...]
+    cache_salt: str
+    answer: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Leave the thread."""
 
 
-Message = Submit | Finish | FinishAll | Stop
+Message = Submit | Finish | FinishAll | CountCached | Stop
 
 
 class Inbox:
@@ -133,7 +142,10 @@ class StepLoop:
 
     # Messages
 
-    def _handle(self, message: Submit | Finish | FinishAll) -> list[Delivery]:
+    def _handle(self, message: Submit | Finish | FinishAll | CountCached) -> list[Delivery]:
+        if isinstance(message, CountCached):
+            message.answer(self._scheduler.count_cached(message.token_ids, message.cache_salt))
+            return []
         if isinstance(message, Submit):
             request = self._scheduler.add(message.request)
             self._requests[request.request_id] = request

@@ -99,6 +99,20 @@ class Scheduler:
             self._leave_row(sequence)
         sequence.finish_reason = reason
 
+    def count_cached(self, token_ids: tuple[int, ...], cache_salt: str) -> int:
+        """Return how many tokens of a prompt would come from the prefix cache just now."""
+        if not self._enable_prefix_caching:
+            return 0
+        size = self.limits.block_size
+        parent = self._hasher.root(None, cache_salt)
+        for start in range(0, len(token_ids) - size, size):
+            block_ids = tuple(token_ids[start : start + size])
+            key = self._hasher.key(parent, block_ids)
+            if self.allocator.lookup(key, parent, block_ids) is None:
+                return start
+            parent = key
+        return (len(token_ids) - 1) // size * size
+
     # Planning
 
     def schedule(self) -> ScheduledStep | None:

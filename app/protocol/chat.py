@@ -6,6 +6,7 @@ from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from app.protocol.common import SamplingFields, WireModel, at_most
+from app.protocol.tools import ToolCalls, Tools, WireToolChoice
 
 
 def _to_text(value: object) -> str | None:
@@ -40,6 +41,9 @@ class ChatMessage(WireModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | None, PlainValidator(_to_text), WithJsonSchema(_CONTENT_SCHEMA)] = None
     name: Annotated[str, Field(max_length=256)] | None = None
+    tool_calls: ToolCalls = Field(default_factory=list)
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
 
 
 class ChatRequest(SamplingFields):
@@ -53,4 +57,8 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[str, str | bool | int | float], at_most(16)] | None = None
-    parallel_tool_calls: bool | None = None  # says nothing without tools
+    tools: Tools = Field(default_factory=list)
+    tool_choice: WireToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None

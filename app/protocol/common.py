@@ -31,11 +31,10 @@ MAX_TOKEN_ID = 2**31
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
-    "use_beam_search": (False,),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "use_beam_search": (False,),
+    "prompt_embeds": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "audio": (),
@@ -45,7 +44,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "documents": ([],),
     "chat_template": (),
-    "truncate_prompt_tokens": (),
     "stop_regex": (),
     "typical_p": (1, 1.0),
     "store": (False,),
@@ -202,6 +200,11 @@ class SamplingFields(WireModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_prompt: bool | None = None  # False: no K/V is taken from the prefix cache
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | None = None

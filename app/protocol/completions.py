@@ -54,4 +54,5 @@ class CompletionRequest(SamplingFields):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
     add_special_tokens: bool | None = None

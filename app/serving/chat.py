@@ -1,113 +1,113 @@
 """POST /v1/chat/completions: messages through the model's template, deltas of one message."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from app.errors import InvalidRequest
-from app.protocol.chat import ChatMessage, ChatRequest
+from app.protocol.chat import ChatRequest
 from app.serving.answer import JsonObject, usage_options
 from app.serving.context import ServingContext
-from app.serving.generation import Generation, Prompt
-from app.serving.logprobs import chat_logprobs
-from app.serving.params import (
-    OFFLOADED_CHARACTERS,
-    check_characters,
-    check_length,
-    sampling_params,
-)
+from app.serving.conversation import Rendering, TemplateKwargs, encode_messages
+from app.serving.generation import ChoiceDelta, Generation, Prompt
+from app.serving.logprobs import chat_logprobs, prompt_logprobs
+from app.serving.message import MessageReader, MessageWriter
+from app.serving.params import check_length, sampling_params, truncated
 from app.serving.structured import compile_demand, demand_of
-from app.text.chat_template import encode_chat
-from model.errors import TokenizerError
+from app.serving.tools import ToolUse, tool_use_of
+from app.text.reasoning import ReasoningSplitter
 from model.step import TokenLogprobs
 
-# What the server itself passes to the template.
-RESERVED_KWARGS = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedChat:
+    """A conversation that is ready to be submitted."""
+
+    request: ChatRequest
+    prompt: Prompt
+    tools: ToolUse | None
+    starts_reasoning: bool  # the prompt ends inside of think tags
 
 
-async def start_chat(
-    context: ServingContext, request: ChatRequest, request_id: str
-) -> "ChatAnswer":
-    """Render, tokenise and submit. Raises ClientError before anything runs."""
+async def prepare_chat(context: ServingContext, request: ChatRequest) -> PreparedChat:
+    """Check, render and tokenise. Raises ClientError before anything runs."""
     context.check_model(request.model)
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs'.", param="top_logprobs")
-    token_ids = await encode_messages(
-        context,
-        request.messages,
-        add_generation_prompt=request.add_generation_prompt is not False
-        and not request.continue_final_message,
+    tools = tool_use_of(context, request)
+    demand = demand_of(request)
+    if tools is not None and tools.demand is not None:
+        if demand is not None:
+            raise InvalidRequest(
+                f"'{demand[0]}' and a 'tool_choice' that forces a call exclude each other.",
+                param=demand[0],
+            )
+        demand = tools.demand
+    rendering = Rendering(
+        add_generation_prompt=(
+            request.add_generation_prompt is not False and not request.continue_final_message
+        ),
         continue_final_message=bool(request.continue_final_message),
-        kwargs=request.chat_template_kwargs,
+        tools=tools,
+        kwargs=_template_kwargs(request),
         parse_special=bool(request.parse_special),
+    )
+    token_ids = truncated(
+        context, request, await encode_messages(context, request.messages, rendering)
     )
     wanted = request.max_completion_tokens or request.max_tokens
     max_tokens = check_length(context, len(token_ids), wanted)
     sampling = sampling_params(
         context,
         request,
+        count=request.n or 1,
         max_tokens=max_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    constraints = await compile_demand(context, demand_of(request), len(sampling))
-    prompt = Prompt(token_ids=token_ids, sampling=sampling, constraints=constraints)
-    generation = Generation(context, request, request_id, [prompt])
-    return ChatAnswer(context, request, request_id, generation)
+    constraints = await compile_demand(context, demand, len(sampling))
+    return PreparedChat(
+        request=request,
+        prompt=Prompt(
+            token_ids=token_ids,
+            sampling=sampling,
+            constraints=constraints,
+            shown_token_ids=(context.tag_token_ids if tools or context.think_tags else frozenset()),
+        ),
+        tools=tools,
+        starts_reasoning=_ends_inside_think_tags(context, token_ids),
+    )
 
 
-async def encode_messages(
-    context: ServingContext,
-    messages: Sequence[ChatMessage],
-    *,
-    add_generation_prompt: bool,
-    continue_final_message: bool = False,
-    kwargs: dict[str, str | bool | int | float] | None = None,
-    parse_special: bool = False,
-) -> list[int]:
-    """Return the ids of a conversation; control tokens come from the template alone."""
-    template = context.chat_template
-    if template is None:
-        raise InvalidRequest(
-            "This model has no chat template; use /v1/completions or start the server with "
-            "--chat-template.",
-            param="messages",
-        )
-    if reserved := RESERVED_KWARGS.intersection(kwargs or ()):
-        raise InvalidRequest(
-            f"'chat_template_kwargs' may not set {sorted(reserved)[0]}.",
-            param="chat_template_kwargs",
-        )
-    plain = [message.model_dump(exclude_none=True) for message in messages]
-    num_characters = sum(len(message.content or "") for message in messages)
-    check_characters(context, num_characters, "messages")
+def start_chat(context: ServingContext, prepared: PreparedChat, request_id: str) -> "ChatAnswer":
+    """Submit. Raises ServerError if that cannot be."""
+    generation = Generation(context, prepared.request, request_id, [prepared.prompt])
+    return ChatAnswer(context, prepared, request_id, generation)
 
-    def encode() -> list[int]:
-        return encode_chat(
-            context.tokenizer,
-            template,
-            plain,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            kwargs=kwargs,
-            parse_special_content=parse_special,
-        )
 
-    try:
-        is_long = num_characters > OFFLOADED_CHARACTERS
-        return await asyncio.to_thread(encode) if is_long else encode()
-    except TokenizerError as error:
-        raise InvalidRequest(f"'messages': {error}.", param="messages") from None
+def _template_kwargs(request: ChatRequest) -> TemplateKwargs | None:
+    kwargs = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+    return kwargs or None
+
+
+def _ends_inside_think_tags(context: ServingContext, token_ids: list[int]) -> bool:
+    """Say whether the template has opened the think tag for the model already."""
+    if context.think_tags is None:
+        return False
+    end = b"".join(context.tokenizer.token_bytes(token_id) for token_id in token_ids[-16:])
+    return end.rstrip().endswith(context.think_tags[0].encode())
 
 
 @dataclass(slots=True)
-class _FoldedChoice:
-    """A choice as its deltas add up."""
+class _Choice:
+    """One choice under way."""
 
-    content: str = ""
+    reader: MessageReader
+    writer: MessageWriter
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -116,12 +116,17 @@ class ChatAnswer:
     """Answer over the deltas of a generation."""
 
     def __init__(
-        self, context: ServingContext, request: ChatRequest, request_id: str, generation: Generation
+        self,
+        context: ServingContext,
+        prepared: PreparedChat,
+        request_id: str,
+        generation: Generation,
     ) -> None:
         self._context = context
-        self._request = request
+        self._request = prepared.request
+        self._prepared = prepared
         self._generation = generation
-        self._num_choices = request.n or 1
+        self._choices = [self._new_choice() for _ in prepared.prompt.sampling]
         self._head: JsonObject = {
             "id": f"chatcmpl-{request_id}",
             "created": int(time.time()),
@@ -136,19 +141,28 @@ class ChatAnswer:
         """Yield the role of each choice, a chunk a delta, then usage if asked for."""
         usage = usage_options(self._request)
         head = {**self._head, "object": "chat.completion.chunk"}
-        for index in range(self._num_choices):
+        for index in range(len(self._choices)):
             delta: JsonObject = {"role": "assistant", "content": ""}
             choice: JsonObject = {"index": index, "delta": delta, "finish_reason": None}
-            yield {**head, "choices": [choice | {"logprobs": None}]}
+            chunk = {**head, "choices": [choice | {"logprobs": None}]}
+            if self._request.return_token_ids and not index:
+                chunk["prompt_token_ids"] = self._prepared.prompt.token_ids
+            yield chunk
         async for piece in self._generation.deltas():
+            delta = self._take(piece)
+            reason = self._choices[piece.index].finish_reason
+            if not (delta or reason or self._request.logprobs or self._request.return_token_ids):
+                continue  # held back: it may be part of a call
             choice = {
                 "index": piece.index,
-                "delta": {"content": piece.text} if piece.text or piece.token_ids else {},
+                "delta": delta,
                 "logprobs": self._logprobs(piece.logprobs),
-                "finish_reason": piece.finish_reason,
+                "finish_reason": reason,
             }
             if piece.stop_reason is not None:
                 choice["stop_reason"] = piece.stop_reason
+            if self._request.return_token_ids:
+                choice["token_ids"] = piece.token_ids
             chunk = {**head, "choices": [choice]}
             if usage.in_each:
                 chunk["usage"] = self._generation.usage.to_wire()
@@ -157,24 +171,68 @@ class ChatAnswer:
             yield {**head, "choices": [], "usage": self._generation.usage.to_wire()}
 
     async def body(self) -> JsonObject:
-        folded = [_FoldedChoice() for _ in range(self._num_choices)]
         async for piece in self._generation.deltas():
-            choice = folded[piece.index]
-            choice.content += piece.text
+            self._take(piece)
+            choice = self._choices[piece.index]
             choice.logprobs += piece.logprobs
-            choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.content, "refusal": None},
-                "logprobs": self._logprobs(choice.logprobs),
-                "finish_reason": choice.finish_reason,
-                "stop_reason": choice.stop_reason,
-            }
-            for index, choice in enumerate(folded)
-        ]
-        usage = self._generation.usage.to_wire()
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+            choice.prompt_logprobs += piece.prompt_logprobs
+            choice.token_ids += piece.token_ids
+            choice.stop_reason = piece.stop_reason
+        body: JsonObject = {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [self._wire(*numbered) for numbered in enumerate(self._choices)],
+            "usage": self._generation.usage.to_wire(),
+        }
+        if self._request.return_token_ids:
+            body["prompt_token_ids"] = self._prepared.prompt.token_ids
+        if self._request.prompt_logprobs is not None:
+            body["prompt_logprobs"] = prompt_logprobs(
+                self._context.tokenizer, self._choices[0].prompt_logprobs
+            )
+        return body
+
+    def _new_choice(self) -> _Choice:
+        tools, tags = self._prepared.tools, self._context.think_tags
+        splitter = None
+        if tags is not None:
+            splitter = ReasoningSplitter(*tags, starts_inside=self._prepared.starts_reasoning)
+        return _Choice(
+            reader=MessageReader(splitter, tools.reader() if tools else None),
+            writer=MessageWriter(include_reasoning=self._request.include_reasoning is not False),
+        )
+
+    def _take(self, piece: ChoiceDelta) -> JsonObject:
+        """Read a piece of text; return the delta that it makes. The last one ends the choice."""
+        choice = self._choices[piece.index]
+        if choice.finish_reason is not None:
+            return {}
+        read = choice.reader.push(piece.text)
+        delta = choice.writer.write(read)
+        tools = self._prepared.tools
+        if tools is not None and not tools.is_parallel and read.num_ended:
+            # One call was allowed, and there it is.
+            self._generation.finish(piece.index)
+            choice.finish_reason = "tool_calls"
+        elif piece.finish_reason is not None:
+            _extend(delta, choice.writer.write(choice.reader.finish()))
+            is_call = choice.writer.has_calls and piece.finish_reason == "stop"
+            choice.finish_reason = "tool_calls" if is_call else piece.finish_reason
+        if not delta and piece.token_ids and not choice.reader.holds_back:
+            delta["content"] = ""  # a token that shows nothing yet is still told of
+        return delta
+
+    def _wire(self, index: int, choice: _Choice) -> JsonObject:
+        wire: JsonObject = {
+            "index": index,
+            "message": choice.writer.message(),
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._request.return_token_ids:
+            wire["token_ids"] = choice.token_ids
+        return wire
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> JsonObject | None:
         if not self._request.logprobs:
@@ -183,4 +241,17 @@ class ChatAnswer:
             self._context.tokenizer,
             entries,
             skip_special_tokens=self._request.skip_special_tokens is not False,
+            as_ids=bool(self._request.return_tokens_as_token_ids),
         )
+
+
+def _extend(delta: JsonObject, more: JsonObject) -> None:
+    """Add what came last to a delta."""
+    for key, value in more.items():
+        before = delta.get(key)
+        if isinstance(before, list) and isinstance(value, list):
+            delta[key] = [*before, *value]
+        elif isinstance(before, str) and isinstance(value, str):
+            delta[key] = f"{before}{value}"
+        else:
+            delta[key] = value

@@ -11,8 +11,8 @@ from app.protocol.completions import Prompt as WirePrompt
 from app.serving.answer import JsonObject, usage_options
 from app.serving.context import ServingContext
 from app.serving.generation import ChoiceDelta, Generation, Prompt
-from app.serving.logprobs import LegacyLogprobs
-from app.serving.params import check_ids, check_length, sampling_params, tokenize_text
+from app.serving.logprobs import LegacyLogprobs, prompt_logprobs
+from app.serving.params import check_ids, check_length, sampling_params, tokenize_text, truncated
 from app.serving.structured import compile_demand, demand_of
 from app.text.detokenize import IncrementalDetokenizer
 from model.step import TokenLogprobs
@@ -21,48 +21,74 @@ DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 1024  # more would never fit the engine's queue, however often they are sent
 
 
-@dataclass(slots=True)
-class _EchoedPrompt:
-    """What a choice repeats of its prompt before its own text."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedCompletion:
+    """A request whose prompts are ready to be submitted; `echoes` are their texts."""
 
-    text: str
-    token_ids: list[int]
+    request: CompletionRequest
+    prompts: list[Prompt]
+    echoes: list[str]
 
 
-async def start_completion(
-    context: ServingContext, request: CompletionRequest, request_id: str
-) -> "CompletionAnswer":
-    """Tokenise and submit. Raises ClientError before anything runs, ServerError if it cannot."""
+async def prepare_completion(
+    context: ServingContext, request: CompletionRequest
+) -> PreparedCompletion:
+    """Check and tokenise. Raises ClientError before anything runs."""
     context.check_model(request.model)
     max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-    if not max_tokens and not request.echo:
-        raise InvalidRequest("'max_tokens' may be 0 only with 'echo'.", param="max_tokens")
-    if len(request.prompt) * (request.n or 1) > MAX_CHOICES:
+    if not max_tokens and not request.echo and request.prompt_logprobs is None:
+        raise InvalidRequest(
+            "'max_tokens' may be 0 only with 'echo' or 'prompt_logprobs'.", param="max_tokens"
+        )
+    count = _num_generated(request)
+    if len(request.prompt) * count > MAX_CHOICES:
         raise InvalidRequest(
             f"'prompt' times 'n' may make at most {MAX_CHOICES} choices.", param="n"
         )
+    is_ranked = count > (request.n or 1)
     wants_prompt = bool(request.echo) and request.logprobs is not None
     sampling = sampling_params(
         context,
         request,
+        count=count,
         max_tokens=max_tokens,
-        logprobs=request.logprobs,
+        logprobs=0 if is_ranked and request.logprobs is None else request.logprobs,
         prompt_logprobs=request.logprobs if wants_prompt else None,
     )
     demand = demand_of(request)
-    prompts = []
+    prompts: list[Prompt] = []
+    echoes: list[str] = []
     for wire_prompt in request.prompt:
-        token_ids = await _token_ids(context, request, wire_prompt)
+        whole = await _token_ids(context, request, wire_prompt)
+        token_ids = truncated(context, request, whole)
         check_length(context, len(token_ids), max_tokens)
         constraints = await compile_demand(context, demand, len(sampling))
         prompts.append(Prompt(token_ids=token_ids, sampling=sampling, constraints=constraints))
+        is_cut = len(token_ids) < len(whole)
+        echoes.append(_text(context, token_ids if is_cut else wire_prompt))
         await asyncio.sleep(0)  # a thousand short prompts are long together: others get a turn
-    echoes = [
-        _EchoedPrompt(_text(context, wire_prompt), prompt.token_ids)
-        for wire_prompt, prompt in zip(request.prompt, prompts, strict=True)
-    ]
-    generation = Generation(context, request, request_id, prompts)
-    return CompletionAnswer(context, request, request_id, generation, echoes)
+    return PreparedCompletion(request=request, prompts=prompts, echoes=echoes)
+
+
+def start_completion(
+    context: ServingContext, prepared: PreparedCompletion, request_id: str
+) -> "CompletionAnswer":
+    """Submit. Raises ServerError if that cannot be."""
+    generation = Generation(context, prepared.request, request_id, prepared.prompts)
+    return CompletionAnswer(context, prepared, request_id, generation)
+
+
+def _num_generated(request: CompletionRequest) -> int:
+    """Return how many choices are generated for each prompt."""
+    n, best_of = request.n or 1, request.best_of or request.n or 1
+    if best_of < n:
+        raise InvalidRequest("'best_of' must be at least 'n'.", param="best_of")
+    if best_of > n and request.stream:
+        raise InvalidRequest(
+            "'best_of' chooses among whole answers, so it does not go with 'stream'.",
+            param="best_of",
+        )
+    return best_of
 
 
 async def _token_ids(
@@ -97,8 +123,15 @@ class _FoldedChoice:
 
     text: str = ""
     entries: list[TokenLogprobs | int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprob: float = 0.0  # of all its tokens together
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob / max(1, len(self.token_ids))
 
 
 class CompletionAnswer:
@@ -107,20 +140,22 @@ class CompletionAnswer:
     def __init__(
         self,
         context: ServingContext,
-        request: CompletionRequest,
+        prepared: PreparedCompletion,
         request_id: str,
         generation: Generation,
-        echoes: list[_EchoedPrompt],
     ) -> None:
         self._context = context
-        self._request = request
+        self._request = prepared.request
+        self._prepared = prepared
         self._generation = generation
-        self._echoes = echoes
-        self._n = request.n or 1
-        self._num_choices = len(echoes) * self._n
+        self._num_each = len(prepared.prompts[0].sampling)  # choices generated for each prompt
         self._legacy = [
-            LegacyLogprobs(context.tokenizer, request.logprobs or 0)
-            for _ in range(self._num_choices)
+            LegacyLogprobs(
+                context.tokenizer,
+                self._request.logprobs or 0,
+                as_ids=bool(self._request.return_tokens_as_token_ids),
+            )
+            for _ in range(len(prepared.prompts) * self._num_each)
         ]
         self._started: set[int] = set()
         self._head: JsonObject = {
@@ -138,6 +173,7 @@ class CompletionAnswer:
         """Yield a chunk a delta, then usage if asked for."""
         usage = usage_options(self._request)
         async for delta in self._generation.deltas():
+            is_first = delta.index not in self._started
             text, entries = self._with_echo(delta)
             choice: JsonObject = {
                 "index": delta.index,
@@ -147,6 +183,10 @@ class CompletionAnswer:
             }
             if delta.stop_reason is not None:
                 choice["stop_reason"] = delta.stop_reason
+            if self._request.return_token_ids:
+                choice["token_ids"] = delta.token_ids
+                if is_first:
+                    choice["prompt_token_ids"] = self._prompt(delta.index).token_ids
             chunk = {**self._head, "choices": [choice]}
             if usage.in_each:
                 chunk["usage"] = self._generation.usage.to_wire()
@@ -155,36 +195,66 @@ class CompletionAnswer:
             yield {**self._head, "choices": [], "usage": self._generation.usage.to_wire()}
 
     async def body(self) -> JsonObject:
-        folded = [_FoldedChoice() for _ in range(self._num_choices)]
+        folded = [_FoldedChoice() for _ in self._legacy]
         async for delta in self._generation.deltas():
             choice = folded[delta.index]
             text, entries = self._with_echo(delta)
             choice.text += text
             choice.entries += entries
+            choice.token_ids += delta.token_ids
+            choice.prompt_logprobs += delta.prompt_logprobs
+            choice.logprob += sum(entry.logprob for entry in delta.logprobs)
             choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
-        choices = [
-            {
-                "index": index,
-                "text": choice.text,
-                "logprobs": self._logprobs(index, choice.entries),
-                "finish_reason": choice.finish_reason,
-                "stop_reason": choice.stop_reason,
-            }
-            for index, choice in enumerate(folded)
-        ]
+        kept = self._best(folded)
+        choices = [self._choice(index, folded[place], place) for index, place in enumerate(kept)]
         return {**self._head, "choices": choices, "usage": self._generation.usage.to_wire()}
+
+    def _best(self, folded: list[_FoldedChoice]) -> list[int]:
+        """Return the places of the choices to give out: all, or the most likely of each prompt."""
+        n = self._request.n or 1
+        if n == self._num_each:
+            return list(range(len(folded)))
+        places: list[int] = []
+        for first in range(0, len(folded), self._num_each):
+            own = range(first, first + self._num_each)
+            places += sorted(own, key=lambda place: -folded[place].mean_logprob)[:n]
+        return places
+
+    def _choice(self, index: int, choice: _FoldedChoice, place: int) -> JsonObject:
+        wire: JsonObject = {
+            "index": index,
+            "text": choice.text,
+            "logprobs": self._logprobs(place, choice.entries),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._request.return_token_ids:
+            wire["token_ids"] = choice.token_ids
+            wire["prompt_token_ids"] = self._prompt(place).token_ids
+        if self._request.prompt_logprobs is not None:
+            wire["prompt_logprobs"] = prompt_logprobs(
+                self._context.tokenizer, choice.prompt_logprobs
+            )
+        return wire
+
+    def _prompt(self, place: int) -> Prompt:
+        return self._prepared.prompts[place // self._num_each]
 
     def _with_echo(self, delta: ChoiceDelta) -> tuple[str, list[TokenLogprobs | int]]:
         """Put the prompt in front of a choice's first text, its scores in front of the others."""
-        entries: list[TokenLogprobs | int] = [*delta.prompt_logprobs, *delta.logprobs]
-        if not self._request.echo or delta.index in self._started:
+        entries: list[TokenLogprobs | int] = list(delta.logprobs)
+        if self._request.echo:
+            entries = [*delta.prompt_logprobs, *entries]
+        if delta.index in self._started:
             return delta.text, entries
         self._started.add(delta.index)
-        echo = self._echoes[delta.index // self._n]
-        first: list[TokenLogprobs | int] = [echo.token_ids[0]]
-        return echo.text + delta.text, first + entries
+        if not self._request.echo:
+            return delta.text, entries
+        first: list[TokenLogprobs | int] = [self._prompt(delta.index).token_ids[0]]
+        echo = self._prepared.echoes[delta.index // self._num_each]
+        return echo + delta.text, first + entries
 
-    def _logprobs(self, index: int, entries: list[TokenLogprobs | int]) -> JsonObject | None:
+    def _logprobs(self, place: int, entries: list[TokenLogprobs | int]) -> JsonObject | None:
         if self._request.logprobs is None:
             return None
-        return self._legacy[index].build(entries)
+        return self._legacy[place].build(entries)

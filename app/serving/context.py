@@ -8,6 +8,7 @@ from app.errors import ModelNotFound
 from app.serving.metrics import RequestMetrics
 from app.text.chat_template import ChatTemplate
 from app.text.grammar.compiler import GrammarCompiler
+from app.text.tools.parser import ToolFormat
 from model.config import GenerationDefaults
 from model.tokenizer import Tokenizer
 
@@ -28,6 +29,9 @@ class ServingContext:
     precision: str  # in words
     metrics: RequestMetrics
     grammars: GrammarCompiler
+    tool_format: ToolFormat
+    think_tags: tuple[str, str] | None = None
+    tag_token_ids: frozenset[int] = frozenset()  # control tokens that mark calls and thoughts
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:

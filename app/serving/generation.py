@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from app.engine.client import EngineRequest, RequestStream, SequenceOutput
 from app.errors import Draining, EngineFailed
@@ -28,6 +28,7 @@ class Prompt:
     token_ids: list[int]
     sampling: tuple[SamplingParams, ...]
     constraints: tuple[TokenConstraint, ...] = ()  # none, or one a choice
+    shown_token_ids: frozenset[int] = frozenset()  # control tokens that are part of the text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,9 @@ class Usage:
 class _Choice:
     text: OutputText
     timer: ChoiceTimer
+    stream: int  # its place among the streams
+    num_cached_tokens: int = 0
     is_done: bool = False
-    unread_prompt: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Generation:
@@ -106,7 +108,8 @@ class Generation:
             constraints=prompt.constraints,
             priority=self._fields.priority or 0,
             cache_salt=self._fields.cache_salt or "",
-            read_prefix_cache=prompt.sampling[0].prompt_logprobs is None,
+            read_prefix_cache=self._fields.cache_prompt is not False
+            and prompt.sampling[0].prompt_logprobs is None,
         )
         stream = self._context.engine.submit(request)
         self._streams.append((len(self._choices), stream))
@@ -118,8 +121,10 @@ class Generation:
                 stop=self._fields.stop,
                 include_stop=bool(self._fields.include_stop_str_in_output),
                 skip_special_tokens=self._fields.skip_special_tokens is not False,
+                shown_token_ids=prompt.shown_token_ids,
             )
-            self._choices.append(_Choice(text, ChoiceTimer(metrics, self._arrival_s)))
+            timer = ChoiceTimer(metrics, self._arrival_s)
+            self._choices.append(_Choice(text, timer, len(self._streams) - 1))
 
     def abort(self) -> None:
         """End what has not ended."""
@@ -145,6 +150,7 @@ class Generation:
             message = output.error or "The request was aborted."
             # What a shutdown cuts off is worth a retry elsewhere; a broken step is not.
             raise Draining(message) if self._context.engine.is_draining else EngineFailed(message)
+        choice.num_cached_tokens = output.num_cached_tokens
         ids = output.token_ids
         is_stopped_by_id = output.stop_token_id is not None
         hides_last = is_stopped_by_id and not self._fields.include_stop_str_in_output
@@ -161,10 +167,7 @@ class Generation:
         choice.timer.add(num_tokens)
         self.usage.num_completion_tokens += num_tokens
         if reason is not None:
-            choice.is_done = True
-            choice.timer.end(reason)
-            if output.index == 0:
-                self.usage.num_cached_tokens += output.num_cached_tokens
+            self._end(choice, output.index, reason)
         if not (text or num_tokens or output.prompt_logprobs or reason):
             return None
         return ChoiceDelta(
@@ -176,6 +179,20 @@ class Generation:
             finish_reason=reason,
             stop_reason=stop if stop is not None else self._stop_id(output),
         )
+
+    def finish(self, index: int) -> None:
+        """End a choice with what it has said so far; there will be no more deltas of it."""
+        choice = self._choices[index]
+        if not choice.is_done:
+            first, stream = self._streams[choice.stream]
+            stream.finish(index - first)
+            self._end(choice, index - first, "stop")
+
+    def _end(self, choice: _Choice, index: int, reason: str) -> None:
+        choice.is_done = True
+        choice.timer.end(reason)
+        if index == 0:  # the choices of a prompt share what was cached of it
+            self.usage.num_cached_tokens += choice.num_cached_tokens
 
     def _stop_id(self, output: SequenceOutput) -> int | None:
         """Return a stop id that the user named; an end of text is no reason to tell, as in vLLM."""

@@ -19,11 +19,18 @@ def sampling_params(
     context: ServingContext,
     fields: SamplingFields,
     *,
+    count: int,
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> tuple[SamplingParams, ...]:
-    """Return one set of parameters a choice; all share a seed and differ by their index."""
+    """Return one set of parameters for each choice; all share a seed and differ by their index."""
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise InvalidRequest(
+            "'prompt_logprobs' come with whole answers only, not with 'stream'.",
+            param="prompt_logprobs",
+        )
+    wanted = [n for n in (prompt_logprobs, fields.prompt_logprobs) if n is not None]
     defaults = context.defaults
     seed = fields.seed
     if seed is None:
@@ -57,10 +64,10 @@ def sampling_params(
         min_tokens=min_tokens,
         stop_token_ids=stops,
         logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=max(wanted, default=None),
     )
     _check_something_left(context, params)
-    return tuple(replace(params, choice=choice) for choice in range(fields.n or 1))
+    return tuple(replace(params, choice=choice) for choice in range(count))
 
 
 def _check_something_left(context: ServingContext, params: SamplingParams) -> None:
@@ -154,6 +161,20 @@ def check_characters(context: ServingContext, num_characters: int, param: str) -
             f"{num_characters} characters cannot fit.",
             param=param,
         )
+
+
+def truncated(context: ServingContext, fields: SamplingFields, ids: list[int]) -> list[int]:
+    """Return the end of a prompt, if it asks to be cut: -1 means to what the context holds."""
+    limit = fields.truncate_prompt_tokens
+    if limit is None:
+        return ids
+    if limit == 0:
+        raise InvalidRequest(
+            "'truncate_prompt_tokens' leaves no token.", param="truncate_prompt_tokens"
+        )
+    if limit < 0:
+        limit = context.max_model_len - 1
+    return ids[-limit:]
 
 
 def check_length(context: ServingContext, num_prompt_tokens: int, max_tokens: int | None) -> int:

@@ -5,8 +5,8 @@ import asyncio
 from app.errors import InvalidRequest
 from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from app.serving.answer import JsonObject
-from app.serving.chat import encode_messages
 from app.serving.context import ServingContext
+from app.serving.conversation import Rendering, encode_messages
 from app.serving.logprobs import token_text
 from app.serving.params import OFFLOADED_CHARACTERS, check_ids, tokenize_text
 from app.text.detokenize import IncrementalDetokenizer
@@ -17,12 +17,11 @@ async def tokenize(context: ServingContext, request: TokenizeRequest) -> JsonObj
     if (request.prompt is None) == (not request.messages):
         raise InvalidRequest("Give either 'prompt' or 'messages'.", param="prompt")
     if request.prompt is None:
-        token_ids = await encode_messages(
-            context,
-            request.messages,
+        rendering = Rendering(
             add_generation_prompt=request.add_generation_prompt is not False,
             parse_special=bool(request.parse_special),
         )
+        token_ids = await encode_messages(context, request.messages, rendering)
     else:
         token_ids = await tokenize_text(
             context,

@@ -13,6 +13,7 @@ from datetime import datetime
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -46,6 +47,7 @@ class ChatTemplate:
     ) -> None:
         """Compile a template. Raises TokenizerError when it is none."""
         self._source = source
+        self.uses_tools = _uses_tools(source)
         self._special_tokens = dict(special_tokens)
         self._spans = AddedTokenSpans(added_tokens)
         try:
@@ -53,6 +55,10 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             reason = _clean(str(error))
             raise TokenizerError(f"the chat template does not compile: {reason}") from error
+
+    def mentions(self, word: str) -> bool:
+        """Say whether a word stands anywhere in the template's source."""
+        return word in self._source
 
     def render(
         self,
@@ -165,6 +171,15 @@ def end_of_turn_ids(template_source: str, tokenizer: Tokenizer) -> tuple[int, ..
         if first is not None and tokenizer.added_tokens[first] != tokenizer.bos_token_id:
             return (tokenizer.added_tokens[first],)
     return ()
+
+
+def _uses_tools(source: str) -> bool:
+    """Say whether a template looks at the tools it is given."""
+    try:
+        tree = _environment().parse(source)
+        return "tools" in jinja2.meta.find_undeclared_variables(tree)
+    except (jinja2.TemplateError, RecursionError):
+        return False  # it does not compile either, which is told then
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

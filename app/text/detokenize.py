@@ -5,7 +5,7 @@ not; here it is only cut differently. Knows nothing of stop strings.
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from model.tokenizer import Tokenizer
 
@@ -13,16 +13,28 @@ from model.tokenizer import Tokenizer
 class IncrementalDetokenizer:
     """Decode one sequence's ids. The pieces joined, `flush` last, are the decoded text."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shown_token_ids: Collection[int] = (),
+    ) -> None:
+        """`shown_token_ids` are control tokens that are given out as text all the same."""
         self._token_bytes = tokenizer.token_bytes
         self._is_special = tokenizer.is_special
+        self._shown = shown_token_ids
         self._skips = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Return the characters that these ids complete."""
         if self._skips:
-            token_ids = [token_id for token_id in token_ids if not self._is_special(token_id)]
+            token_ids = [
+                token_id
+                for token_id in token_ids
+                if not self._is_special(token_id) or token_id in self._shown
+            ]
         return self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
 
     def flush(self) -> str:

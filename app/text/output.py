@@ -3,7 +3,7 @@
 Owns how many ids count once a stop string is complete. Knows nothing of events or wire formats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from app.text.detokenize import IncrementalDetokenizer
@@ -33,9 +33,10 @@ class OutputText:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown_token_ids: Collection[int] = (),
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, skip_special_tokens=skip_special_tokens
+            tokenizer, skip_special_tokens=skip_special_tokens, shown_token_ids=shown_token_ids
         )
         self._matcher = StopMatcher(stop) if stop else None
         self._include_stop = include_stop

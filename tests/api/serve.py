@@ -19,7 +19,8 @@ from tests.fake_engine import FakeEngine, make_context
 async def client_of(engine: FakeEngine, **options) -> AsyncIterator[httpx.AsyncClient]:
     """An in-process client of the whole application."""
     has_template = options.pop("has_template", True)
-    context = make_context(engine, has_template=has_template)
+    think_tags = options.pop("think_tags", None)
+    context = make_context(engine, has_template=has_template, think_tags=think_tags)
     transport = httpx.ASGITransport(app=create_app(context, ServerSettings(**options)))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client

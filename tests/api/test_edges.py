@@ -92,7 +92,7 @@ BAD_VALUES = {
     ],
     "stream_options": [5, {"include_usage": 1}],
     "suffix": ["x"],
-    "best_of": [3],
+    "best_of": [0, 21],
     "response_format": [{"type": "json_schema"}, {"type": "yaml"}, "json_object", []],
     "structured_outputs": [{}, {"regex": "("}, {"choice": []}, {"json": "{"}, {"regex": ""}],
     "guided_choice": [[], [""], ["a"] * 3000, "a"],

@@ -107,10 +107,9 @@ def test_too_many_logprobs_are_refused(logprobs):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 3),
         ("suffix", "x"),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("use_beam_search", True),
         ("chat_template", "{{ 1 }}"),
         ("prompt_embeds", "AAAA"),
     ],

@@ -25,9 +25,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def context(folder):
     # Few blocks, so that sequences are preempted; guesses, so that they meet grammars.
+    guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2}
     return make_server_context(
-        folder, "--kv-cache-memory-bytes", "70000", "--max-model-len", "256", "--max-num-seqs", "8",
-        "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2}',
+        folder, "--kv-cache-memory-bytes", "58000", "--max-model-len", "224",
+        "--max-num-seqs", "16", "--speculative-config", json.dumps(guesses),
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_answers_validate_whatever_the_schema(url, context, full):
     cases = [(schema := random_schema(rng), body_of(schema, rng)) for _ in range(count)]
 
     async def scenario():
-        limits = httpx.Limits(max_connections=12)
+        limits = httpx.Limits(max_connections=24)
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
             return await asyncio.gather(*(client.post(URL, json=body) for _, body in cases))
 

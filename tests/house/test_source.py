@@ -47,6 +47,7 @@ OPTIONS = frozenset(
         "--ssl-certfile",
         "--ssl-keyfile",
         "--tokenizer",
+        "--tool-call-parser",
     }
 )
 

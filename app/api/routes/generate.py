@@ -3,16 +3,18 @@
 import uuid
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from app.api.body import ignored_header, read_body
 from app.api.sse import respond
+from app.errors import InvalidRequest
 from app.protocol.chat import ChatRequest
 from app.protocol.common import WireModel
 from app.protocol.completions import CompletionRequest
-from app.serving.chat import start_chat
-from app.serving.completions import start_completion
+from app.serving.chat import prepare_chat, start_chat
+from app.serving.completions import prepare_completion, start_completion
 from app.serving.context import ServingContext
+from app.serving.dry_run import describe_prompts
 
 
 def described_by(model: type[WireModel]) -> dict[str, object]:
@@ -31,17 +33,33 @@ def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, max_bytes)
         headers = ignored_header(body)
-        answer = await start_completion(context, body, _unique_id(request))
+        prepared = await prepare_completion(context, body)
+        if _is_dry_run(request):
+            plan = await describe_prompts(context, prepared.prompts, body.cache_salt)
+            return JSONResponse(plan, headers=headers)
+        answer = start_completion(context, prepared, _unique_id(request))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     @router.post("/v1/chat/completions", openapi_extra=described_by(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatRequest, max_bytes)
         headers = ignored_header(body)
-        answer = await start_chat(context, body, _unique_id(request))
+        prepared = await prepare_chat(context, body)
+        if _is_dry_run(request):
+            plan = await describe_prompts(context, [prepared.prompt], body.cache_salt)
+            return JSONResponse(plan, headers=headers)
+        answer = start_chat(context, prepared, _unique_id(request))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     return router
+
+
+def _is_dry_run(request: Request) -> bool:
+    """Say whether a request only asks what it would be. Raises InvalidRequest for other values."""
+    value = request.query_params.get("dry_run", "0").lower()
+    if value not in ("0", "1", "false", "true"):
+        raise InvalidRequest("'dry_run' must be 0 or 1.", param="dry_run")
+    return value in ("1", "true")
 
 
 def _unique_id(request: Request) -> str:

@@ -154,8 +154,9 @@ export class AnswerTurn {
       const which = el("span", {}, `${this.place + 1} of ${this.answers.length}`);
       actions.append(el("span", { className: "versions" }, back, which, on));
     }
-    const isCut = !["stop", "tool_calls", "chosen"].includes(answer.finish);
-    if (isCut && answer.text)
+    const isWhole = ["stop", "tool_calls", "chosen"].includes(answer.finish);
+    const canGoOn = !isWhole && answer.text !== "" && !answer.toolCalls.length;
+    if (canGoOn)
       actions.append(action("Go on", () => this.onGoOn(this), "Go on writing this"));
     actions.append(action("Again", () => this.onAgain(this), "Again: another answer"));
     return [el("p", { className: "hint" }, summary(answer)), actions];

@@ -1,0 +1,73 @@
+"""What a chat request's tools come to: what the model is told, what it must say, how it is read."""
+
+from dataclasses import dataclass
+
+from app.errors import InvalidRequest
+from app.protocol.chat import ChatRequest
+from app.protocol.tools import Tool, ToolChoice
+from app.serving.context import ServingContext
+from app.serving.structured import Demand
+from app.text.grammar.spec import text_spec
+from app.text.tools.grammar import tools_grammar
+from app.text.tools.parser import READERS, ToolFormat
+from app.text.tools.reader import CallReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """The tools of one request. `demand` forces a call; without it the model may choose."""
+
+    format: ToolFormat
+    shown: list[dict[str, object]]  # in the prompt
+    names: frozenset[str]  # that may be called
+    demand: Demand | None
+    is_parallel: bool
+
+    def reader(self) -> CallReader:
+        return READERS[self.format](self.names)
+
+
+def tool_use_of(context: ServingContext, request: ChatRequest) -> ToolUse | None:
+    """Return what the tools ask for; None if there are none, or none may be called."""
+    choice = request.tool_choice or ToolChoice(mode="auto")
+    if not request.tools:
+        if choice.mode in ("required", "named"):
+            raise InvalidRequest("'tool_choice' needs 'tools'.", param="tool_choice")
+        return None
+    tools = [_plain(tool) for tool in request.tools]
+    known = [tool.function.name for tool in request.tools]
+    if len(set(known)) < len(known):
+        raise InvalidRequest("'tools' has two functions of one name.", param="tools")
+    if unknown := [name for name in choice.names if name not in known]:
+        raise InvalidRequest(
+            f"'tool_choice' names '{unknown[0][:64]}', which is not in 'tools'.",
+            param="tool_choice",
+        )
+    if choice.mode == "none":
+        return None
+    names = frozenset(choice.names or known)
+    is_parallel = request.parallel_tool_calls is not False and choice.mode != "named"
+    demand = None
+    if choice.mode in ("required", "named"):
+        try:
+            text = tools_grammar(context.tool_format, tools, names=names, parallel=is_parallel)
+        except ValueError as error:
+            raise InvalidRequest(f"'tools': {error}.", param="tools") from None
+        demand = ("tools", text_spec("lark", text, param="tools"))
+    return ToolUse(
+        format=context.tool_format,
+        shown=tools,
+        names=names,
+        demand=demand,
+        is_parallel=is_parallel,
+    )
+
+
+def _plain(tool: Tool) -> dict[str, object]:
+    """Return a tool as templates and grammars read it."""
+    function = tool.function
+    plain: dict[str, object] = {"name": function.name}
+    if function.description is not None:
+        plain["description"] = function.description
+    plain["parameters"] = function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": plain}

@@ -1,0 +1,139 @@
+"""The grammar of a forced call in each format, as llguidance's Lark, and how tools are told of.
+
+A forced text is a call of one of the functions, or several, and nothing around it. Arguments follow
+the function's schema, in compact JSON.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+
+from app.text.grammar.schema import normalised
+from app.text.tools.parser import ToolFormat
+
+ToolSpec = Mapping[str, object]  # in OpenAI's form
+_COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+_PYTHON_COMPACT = {"x-guidance": {"whitespace_flexible": False, "json_allowed_escapes": 'nrt"\\'}}
+
+
+def tools_grammar(
+    tool_format: ToolFormat, tools: Sequence[ToolSpec], *, names: Collection[str], parallel: bool
+) -> str:
+    """Return a grammar of one call of the named functions; with `parallel`, of one or more.
+
+    Raises ValueError for a schema that cannot be enforced.
+    """
+    functions = [_function(tool) for tool in tools]
+    chosen = [function for function in functions if function[0] in names]
+    rules = [f"call: {' | '.join(f'f{i}' for i in range(len(chosen)))}"]
+    for i, (name, schema) in enumerate(chosen):
+        rules += _FUNCTION_RULES[tool_format](i, name, schema)
+    opening, separator, closing = _AROUND[tool_format]
+    more = f" ({_quoted(separator)} call)*" if parallel else ""
+    parts = (
+        [_quoted(opening)] * bool(opening) + [f"call{more}"] + [_quoted(closing)] * bool(closing)
+    )
+    return "\n".join(["start: " + " ".join(parts), *rules])
+
+
+_AROUND: Mapping[ToolFormat, tuple[str, str, str]] = {
+    "hermes": ("", "\n", ""),
+    "llama3_json": ("", "; ", ""),
+    "pythonic": ("[", ", ", "]"),
+}
+
+
+def _function(tool: ToolSpec) -> tuple[str, dict[str, object]]:
+    function = tool["function"]
+    assert isinstance(function, Mapping)
+    schema = normalised(function.get("parameters") or {"type": "object", "properties": {}})
+    schema.setdefault("type", "object")
+    if not schema.get("properties"):
+        schema.setdefault("additionalProperties", False)
+    return str(function["name"]), schema
+
+
+def _hermes(i: int, name: str, schema: dict[str, object]) -> list[str]:
+    head = f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": '
+    return [f"f{i}: {_quoted(head)} a{i} {_quoted(chr(125) + chr(10) + '</tool_call>')}",
+            f"a{i}: {_json(schema, _COMPACT)}"]  # fmt: skip
+
+
+def _llama_json(i: int, name: str, schema: dict[str, object]) -> list[str]:
+    head = f'{{"name": {json.dumps(name)}, "parameters": '
+    return [f'f{i}: {_quoted(head)} a{i} "}}"', f"a{i}: {_json(schema, _COMPACT)}"]
+
+
+def _pythonic(i: int, name: str, schema: dict[str, object]) -> list[str]:
+    """Keyword arguments in the schema's order: those required, then any of the others."""
+    properties, required = schema.get("properties"), schema.get("required")
+    fields = properties if isinstance(properties, dict) else {}
+    must = [key for key in fields if isinstance(required, list) and key in required]
+    may = [key for key in fields if key not in must]
+    rules, names = [], {}
+    for j, key in enumerate(fields):
+        names[key] = f"k{i}_{j}"
+        rules.append(f"{names[key]}: {_quoted(key + '=')} {_python_value(fields[key], schema)}")
+    tail = "".join(f' (", " {names[key]})?' for key in may)
+    if must:
+        inner = ' ", " '.join(names[key] for key in must) + tail
+    else:  # begins with any of the optional ones, or has none
+        starts = []
+        for place, key in enumerate(may):
+            following = "".join(f' (", " {names[other]})?' for other in may[place + 1 :])
+            starts.append(f"({names[key]}{following})")
+        inner = f"({' | '.join(starts)})?" if starts else ""
+    return [f'f{i}: {_quoted(name + "(")} {inner} ")"', *rules]
+
+
+def _python_value(schema: object, root: Mapping[str, object]) -> str:
+    if not isinstance(schema, dict):
+        schema = {}
+    if schema.get("type") == "boolean" and "enum" not in schema and "const" not in schema:
+        return '("True" | "False")'
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    return _json(shared | schema, _PYTHON_COMPACT)
+
+
+_FUNCTION_RULES = {"hermes": _hermes, "llama3_json": _llama_json, "pythonic": _pythonic}
+
+
+def _json(schema: Mapping[str, object], options: Mapping[str, object]) -> str:
+    return "%json " + json.dumps({**schema, **options}, ensure_ascii=False)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def tools_prompt(tool_format: ToolFormat, tools: Sequence[ToolSpec]) -> str:
+    """Return what tells a model of tools if its template does not."""
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    return (
+        "You can call functions. These are the functions, one JSON description a line:\n"
+        f"<tools>\n{listed}\n</tools>\n"
+        f"To call one, answer with nothing but\n{_EXAMPLES[tool_format]}\n"
+        "with the function's name and arguments. If no function helps, answer in words."
+    )
+
+
+_EXAMPLES: Mapping[ToolFormat, str] = {
+    "hermes": '<tool_call>\n{"name": "function", "arguments": {"key": "value"}}\n</tool_call>',
+    "llama3_json": '{"name": "function", "parameters": {"key": "value"}}',
+    "pythonic": '[function(key="value")]',
+}
+
+
+def call_text(tool_format: ToolFormat, name: str, arguments: str) -> str:
+    """Return a call that was made earlier as the format writes it, for a template that cannot."""
+    if tool_format == "hermes":
+        return (
+            f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n</tool_call>'
+        )
+    if tool_format == "llama3_json":
+        return f'{{"name": {json.dumps(name)}, "parameters": {arguments}}}'
+    try:
+        values = json.loads(arguments)
+    except (ValueError, RecursionError):
+        values = None
+    pairs = values.items() if isinstance(values, dict) else ()
+    return f"[{name}({', '.join(f'{key}={value!r}' for key, value in pairs)})]"

@@ -1,0 +1,166 @@
+"""One JSON object that may be a call: {"name": ..., "arguments" or "parameters": {...}}.
+
+Read character by character. Arguments are passed on as they were written, from the moment that
+the name is known.
+"""
+
+import json
+from collections.abc import Callable, Collection
+
+from app.text.tools.reader import MAX_HELD
+
+_ARGUMENTS = frozenset({"arguments", "parameters"})
+_CLOSERS = {"{": "}", "[": "]"}
+MAX_DEPTH = 128
+
+
+class JsonCall:
+    """Feed it from the opening brace on.
+
+    `name` is set once it is known to be one of the functions; `is_broken` once the text cannot
+    be a call (any more); `is_done` with the closing brace. `held` is what was read before `name`.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self.name: str | None = None
+        self.is_done = False
+        self.is_broken = False
+        self.held = ""
+        self._state: Callable[[str], None] = self._expect_object
+        self._key = ""
+        self._value: list[str] = []  # of the key or of a value that is kept
+        self._closers: list[str] = []
+        self._is_string = False
+        self._is_escaped = False
+        self._keeps_value = False
+        self._ready = ""  # arguments to be passed on
+        self._has_arguments = False
+
+    def feed(self, char: str) -> str:
+        """Take a character; return the arguments that are known by now and were not before."""
+        if self.name is None:
+            self.held += char
+        self._state(char)
+        if self.name is None:
+            self.is_broken |= len(self.held) > MAX_HELD
+            return ""
+        if self.is_done and not self._has_arguments:
+            self._ready = "{}"
+        ready, self._ready = self._ready, ""
+        return ready
+
+    def _expect_object(self, char: str) -> None:
+        self._become(self._expect_key) if char == "{" else self._break()
+
+    def _expect_key(self, char: str) -> None:
+        if char == '"':
+            self._value = ['"']
+            self._become(self._read_key)
+        elif not char.isspace():
+            self._break()
+
+    def _read_key(self, char: str) -> None:
+        self._value.append(char)
+        if self._ends_string(char):
+            self._key = _text_of("".join(self._value))
+            self._become(self._expect_colon)
+
+    def _expect_colon(self, char: str) -> None:
+        if char == ":":
+            self._become(self._expect_value)
+        elif not char.isspace():
+            self._break()
+
+    def _expect_value(self, char: str) -> None:
+        if char.isspace():
+            return
+        self._value = []
+        is_arguments = self._key in _ARGUMENTS and not self._has_arguments
+        if is_arguments and char == "{":
+            self._has_arguments = True
+            self._keeps_value = False
+        else:
+            self._keeps_value = is_arguments or self._key == "name"
+        self._become(self._read_value)
+        self._read_value(char)
+
+    def _read_value(self, char: str) -> None:
+        if not self._closers and not self._is_string and (char in ",}" or char.isspace()):
+            self._end_value()
+            self._expect_comma(char)
+            return
+        self._keep(char)
+        if self._is_string:
+            if self._ends_string(char):
+                self._is_string = False
+                self._end_if_whole()
+        elif char == '"':
+            self._is_string = True
+        elif char in _CLOSERS:
+            self._closers.append(_CLOSERS[char])
+            if len(self._closers) > MAX_DEPTH:
+                self._break()
+        elif char in "}]":
+            if not self._closers or self._closers.pop() != char:
+                self._break()
+            else:
+                self._end_if_whole()
+
+    def _end_if_whole(self) -> None:
+        if not self._closers:
+            self._end_value()
+
+    def _keep(self, char: str) -> None:
+        if self._keeps_value:
+            self._value.append(char)
+        elif self._key in _ARGUMENTS:
+            self._ready += char
+
+    def _end_value(self) -> None:
+        self._become(self._expect_comma)
+        if not self._keeps_value:
+            return
+        self._keeps_value = False
+        value = "".join(self._value)
+        if self._key == "name":
+            name = _text_of(value)
+            if self.name is None and name in self._names:
+                self.name = name
+            elif self.name != name:
+                self._break()
+        else:  # arguments that are no object: the text of one, or nothing
+            self._has_arguments = True
+            self._ready += _text_of(value) if value.startswith('"') else "{}"
+
+    def _expect_comma(self, char: str) -> None:
+        if char == ",":
+            self._become(self._expect_key)
+        elif char == "}":
+            self.is_done = self.name is not None
+            if not self.is_done:
+                self._break()
+        elif not char.isspace():
+            self._break()
+
+    def _ends_string(self, char: str) -> bool:
+        if self._is_escaped:
+            self._is_escaped = False
+            return False
+        self._is_escaped = char == "\\"
+        return char == '"'
+
+    def _become(self, state: Callable[[str], None]) -> None:
+        self._state = state
+
+    def _break(self) -> None:
+        self.is_broken = True
+
+
+def _text_of(literal: str) -> str:
+    """Return the text of a JSON string; nothing if it is none."""
+    try:
+        value = json.loads(literal, strict=False)
+    except ValueError:
+        return ""
+    return value if isinstance(value, str) else ""
