@@ -317,3 +317,17 @@ def test_constrained_sequence_waits_for_its_token_while_others_run_ahead():
     assert constraint.accepted == driver.tokens("bound")
     assert driver.tokens("bound") == expected_tokens(PROMPT[::-1], GREEDY, VOCAB)
     assert driver.tokens("free") == expected_tokens(PROMPT, GREEDY, VOCAB)
+
+
+def test_cached_tokens_are_counted_as_a_request_would_find_them():
+    driver = Driver(make_limits())
+    prompt = list(range(13))
+    assert driver.scheduler.count_cached(tuple(prompt), "") == 0
+    driver.submit("a", prompt, GREEDY)
+    driver.run()
+    for asked in (prompt, prompt[:8], prompt[:9], [*prompt[:6], 60, 61, 62], [9], prompt[:4]):
+        counted = driver.scheduler.count_cached(tuple(asked), "")
+        driver.submit(str(asked), asked, SamplingParams(temperature=0.0, max_tokens=1))
+        driver.run()
+        assert counted == driver.cached(str(asked))
+    assert driver.scheduler.count_cached(tuple(prompt), "salt") == 0
