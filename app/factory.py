@@ -8,6 +8,8 @@ from starlette.exceptions import HTTPException
 
 from app.api.errors import on_http_exception, on_service_error
 from app.api.middleware import Gate
+from app.api.openapi import openapi_document
+from app.api.routes.document import document_routes
 from app.api.routes.generate import generate_routes
 from app.api.routes.info import health_routes, info_routes, own_version
 from app.api.routes.static import static_routes
@@ -32,11 +34,12 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
         version=own_version(),
         lifespan=lifespan,
         redirect_slashes=False,
-        redoc_url=None,
+        openapi_url=None,  # ours is written by hand
     )
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.include_router(generate_routes(context, settings.max_request_bytes))
+    app.include_router(document_routes(openapi_document(own_version())))
     app.include_router(info_routes(context, settings.max_request_bytes))
     app.include_router(health_routes(engine, lambda: engine.is_draining))
     app.include_router(static_routes())

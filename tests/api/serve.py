@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import uvicorn
+from starlette.routing import Route
 
 from app.factory import create_app
 from app.settings import ServerSettings
@@ -25,6 +26,13 @@ async def client_of(engine: FakeEngine, **options) -> AsyncIterator[httpx.AsyncC
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
     context.grammars.close()
+
+
+def routes_of(app) -> list[Route]:
+    """All routes; newer versions of FastAPI keep those of included routers apart."""
+    inner = [getattr(route, "original_router", None) for route in app.routes]
+    nested = [route for router in inner if router is not None for route in router.routes]
+    return [route for route in [*app.routes, *nested] if isinstance(route, Route)]
 
 
 def events(text: str) -> list[dict]:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.api.serve import client_of, run
+from app.api.routes.static import PAGE_FILES
+from tests.api.serve import client_of, routes_of, run
 from tests.fake_engine import FakeEngine, says
 
 URL = "/v1/completions"
@@ -192,14 +193,15 @@ def test_wrong_paths_and_methods_have_the_same_shape(method, path, status):
     run(scenario())
 
 
-OPEN = {"/health", "/health/live", "/health/ready"}
+OPEN = {"/health", "/health/live", "/health/ready", *PAGE_FILES}
 
 
 def test_every_route_but_the_probes_needs_the_key():
     async def scenario():
         async with client_of(FakeEngine(says("x")), api_keys=("k1", "clé")) as client:
-            paths = [route.path for route in client._transport.app.routes if hasattr(route, "path")]
-            paths += ["/v1/completions", "/metrics", "/docs", "/openapi.json", "/tokenize", "/x"]
+            paths = [route.path for route in routes_of(client._transport.app)]
+            assert {"/v1/completions", "/metrics", "/docs", "/openapi.json"} <= set(paths)
+            paths += ["/static/nothing", "/static/../v1/models", "//health", "/x"]
             for path in paths:
                 for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE"):
                     response = await client.request(method, path)

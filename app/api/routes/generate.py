@@ -9,7 +9,6 @@ from app.api.body import ignored_header, read_body
 from app.api.sse import respond
 from app.errors import InvalidRequest
 from app.protocol.chat import ChatRequest
-from app.protocol.common import WireModel
 from app.protocol.completions import CompletionRequest
 from app.serving.chat import prepare_chat, start_chat
 from app.serving.completions import prepare_completion, start_completion
@@ -17,19 +16,11 @@ from app.serving.context import ServingContext
 from app.serving.dry_run import describe_prompts
 
 
-def described_by(model: type[WireModel]) -> dict[str, object]:
-    """Return what OpenAPI shows of a body that is read by hand."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    content = {"application/json": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
 def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter(redirect_slashes=False)
 
-    @router.post("/v1/completions", openapi_extra=described_by(CompletionRequest))
+    @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionRequest, max_bytes)
         headers = ignored_header(body)
@@ -40,7 +31,7 @@ def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
         answer = start_completion(context, prepared, _unique_id(request))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
-    @router.post("/v1/chat/completions", openapi_extra=described_by(ChatRequest))
+    @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatRequest, max_bytes)
         headers = ignored_header(body)

@@ -8,7 +8,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from app.api.body import ignored_header, read_body
-from app.api.routes.generate import described_by
 from app.engine.client import EngineClient
 from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from app.serving.context import ServingContext
@@ -31,13 +30,13 @@ def info_routes(context: ServingContext, max_bytes: int) -> APIRouter:
     async def model(name: str) -> JSONResponse:
         return JSONResponse(get_model(context, name))
 
-    @router.post("/tokenize", openapi_extra=described_by(TokenizeRequest))
+    @router.post("/tokenize")
     async def tokenize_route(request: Request) -> JSONResponse:
         body = await read_body(request, TokenizeRequest, max_bytes)
         headers = ignored_header(body)
         return JSONResponse(await tokenize(context, body), headers=headers)
 
-    @router.post("/detokenize", openapi_extra=described_by(DetokenizeRequest))
+    @router.post("/detokenize")
     async def detokenize_route(request: Request) -> JSONResponse:
         body = await read_body(request, DetokenizeRequest, max_bytes)
         headers = ignored_header(body)
@@ -68,15 +67,15 @@ def health_routes(engine: EngineClient, is_draining: Callable[[], bool]) -> APIR
     def report(is_good: bool, good: str, bad: str) -> JSONResponse:
         return JSONResponse({"status": good if is_good else bad}, 200 if is_good else 503)
 
-    @router.api_route("/health/live", methods=["GET", "HEAD"], include_in_schema=False)
+    @router.api_route("/health/live", methods=["GET", "HEAD"])
     async def live() -> JSONResponse:
         return report(is_live(), "alive", "stuck")
 
-    @router.api_route("/health/ready", methods=["GET", "HEAD"], include_in_schema=False)
+    @router.api_route("/health/ready", methods=["GET", "HEAD"])
     async def ready() -> JSONResponse:
         return report(is_live() and not is_draining(), "ready", "not ready")
 
-    @router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         return report(is_live() and not is_draining(), "ok", "not ok")
 
