@@ -8,14 +8,17 @@ ServiceError
 │   ├── NotFound                404
 │   │   └── ModelNotFound           404, code model_not_found
 │   ├── MethodNotAllowed        405
+│   ├── RequestTimeout          408
 │   ├── PayloadTooLarge         413
-│   └── UnsupportedMediaType    415
+│   ├── UnsupportedMediaType    415
+│   └── HeadersTooLarge         431
 └── ServerError                 the server is at fault
     ├── EngineFailed            500, this request's step failed
     └── Unavailable             503, worth a retry elsewhere or later
         ├── EngineDead              the worker has stopped
         ├── Draining                shutting down
-        └── Overloaded              the queue is full
+        ├── Overloaded              the queue is full
+        └── TooManyConnections      over the cap on open connections
 
 Messages are written for the user of the API: no paths, addresses or reprs of objects.
 """
@@ -83,6 +86,13 @@ class MethodNotAllowed(ClientError):
     code: str | None = "method_not_allowed"
 
 
+class RequestTimeout(ClientError):
+    """The request did not arrive in time."""
+
+    status = 408
+    code: str | None = "request_timeout"
+
+
 class PayloadTooLarge(ClientError):
     """The body is over the limit."""
 
@@ -95,6 +105,13 @@ class UnsupportedMediaType(ClientError):
 
     status = 415
     code: str | None = "unsupported_media_type"
+
+
+class HeadersTooLarge(ClientError):
+    """The request line and headers are over the limit."""
+
+    status = 431
+    code: str | None = "headers_too_large"
 
 
 class ServerError(ServiceError):
@@ -132,3 +149,9 @@ class Overloaded(Unavailable):
     """The queue is full."""
 
     code: str | None = "overloaded"
+
+
+class TooManyConnections(Unavailable):
+    """The cap on open connections is reached."""
+
+    code: str | None = "too_many_connections"

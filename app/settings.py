@@ -1,28 +1,54 @@
 """What the operator asks for: flags and environment as frozen configs.
 
-The only reader of the environment. Knows nothing of models or HTTP.
+The only reader of the environment and of the file of API keys. Knows nothing of models or HTTP.
 """
 
 import os
-from dataclasses import dataclass
+import re
+import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from model.errors import ConfigError
+
 MAX_REQUEST_BYTES = 2 << 20  # parsing holds the interpreter: a larger body would stall all streams
+_KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,1024}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """A key and the name of who holds it; only the name is ever shown."""
+
+    name: str
+    key: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Where and how the HTTP service listens."""
+    """Where and how the HTTP service listens, and whom it lets in. A limit of 0 is none."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    named_keys: tuple[ApiKey, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
+    max_connections: int = 4096
+    max_connections_per_client: int = 2048
     root_path: str = ""
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     shutdown_timeout_s: float = 30.0
     log_level: str = "info"
     max_request_bytes: int = MAX_REQUEST_BYTES
+
+    def keys(self) -> tuple[ApiKey, ...]:
+        """Return every key with a name; those from the command line are numbered."""
+        numbered = enumerate(self.api_keys, start=1)
+        unnamed = (ApiKey(name=f"key-{number}", key=key) for number, key in numbered)
+        return (*self.named_keys, *unnamed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +71,29 @@ def read_environment() -> Environment:
         hf_token=os.environ.get("HF_TOKEN") or None,
         is_offline=os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"),
     )
+
+
+def read_api_keys(path: Path) -> tuple[ApiKey, ...]:
+    """Read a TOML file with a table a key: `[alice]`, `key = "..."`. Raises ConfigError."""
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        # The decoder's own text may quote the line, and with it a key.
+        reason = error.strerror if isinstance(error, OSError) else "is not TOML in UTF-8"
+        raise ConfigError(f"--api-key-file {path}: {reason}") from None
+    keys: dict[str, ApiKey] = {}
+    for name, table in tables.items():
+        where = f"--api-key-file {path}: [{name}]"
+        if not _KEY_NAME.fullmatch(name):
+            raise ConfigError(f"{where}: a name is 1 to 64 letters, digits and ._-")
+        if not isinstance(table, dict) or set(table) != {"key"}:
+            raise ConfigError(f"{where}: needs one field, key")
+        key = table["key"]
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ConfigError(f"{where}: a key is 1 to 1024 characters without spaces")
+        if key in keys:
+            raise ConfigError(f"{where}: has the key of [{keys[key].name}]")
+        keys[key] = ApiKey(name=name, key=key)
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: holds no key")
+    return tuple(keys.values())

@@ -34,14 +34,9 @@ async def prepare_chat(context: ServingContext, request: ChatRequest) -> Prepare
     context.check_model(request.model)
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("'top_logprobs' needs 'logprobs'.", param="top_logprobs")
-    tools = tool_use_of(context, request)
     demand = demand_of(request)
-    if tools is not None and tools.demand is not None:
-        if demand is not None:
-            raise InvalidRequest(
-                f"'{demand[0]}' and a 'tool_choice' that forces a call exclude each other.",
-                param=demand[0],
-            )
+    tools = tool_use_of(context, request, demand)
+    if tools is not None:
         demand = tools.demand
     rendering = Rendering(
         add_generation_prompt=(

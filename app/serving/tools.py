@@ -1,6 +1,7 @@
 """What a chat request's tools come to: what the model is told, what it must say, how it is read."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 
 from app.errors import InvalidRequest
 from app.protocol.chat import ChatRequest
@@ -15,7 +16,7 @@ from app.text.tools.reader import CallReader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """The tools of one request. `demand` forces a call; without it the model may choose."""
+    """The tools of one request. `demand` is the form that calls and answers must have, if any."""
 
     format: ToolFormat
     shown: list[dict[str, object]]  # in the prompt
@@ -27,8 +28,13 @@ class ToolUse:
         return READERS[self.format](self.names)
 
 
-def tool_use_of(context: ServingContext, request: ChatRequest) -> ToolUse | None:
-    """Return what the tools ask for; None if there are none, or none may be called."""
+def tool_use_of(
+    context: ServingContext, request: ChatRequest, answer: Demand | None
+) -> ToolUse | None:
+    """Return what the tools ask for; None if there are none, or none may be called.
+
+    `answer` is what the request demands of an answer that is no call.
+    """
     choice = request.tool_choice or ToolChoice(mode="auto")
     if not request.tools:
         if choice.mode in ("required", "named"):
@@ -45,22 +51,38 @@ def tool_use_of(context: ServingContext, request: ChatRequest) -> ToolUse | None
         )
     if choice.mode == "none":
         return None
-    names = frozenset(choice.names or known)
-    is_parallel = request.parallel_tool_calls is not False and choice.mode != "named"
-    demand = None
-    if choice.mode in ("required", "named"):
-        try:
-            text = tools_grammar(context.tool_format, tools, names=names, parallel=is_parallel)
-        except ValueError as error:
-            raise InvalidRequest(f"'tools': {error}.", param="tools") from None
-        demand = ("tools", text_spec("lark", text, param="tools"))
-    return ToolUse(
+    use = ToolUse(
         format=context.tool_format,
         shown=tools,
-        names=names,
-        demand=demand,
-        is_parallel=is_parallel,
+        names=frozenset(choice.names or known),
+        demand=None,
+        is_parallel=request.parallel_tool_calls is not False and choice.mode != "named",
     )
+    is_forced = choice.mode in ("required", "named")
+    return replace(use, demand=_demand(use, answer, is_forced))
+
+
+def _demand(use: ToolUse, answer: Demand | None, is_forced: bool) -> Demand | None:
+    """Return the grammar of what may be said; none if anything may."""
+    if answer is None and not is_forced:
+        return None
+    if answer is not None and (is_forced or answer[1].kind != "json_schema"):
+        raise InvalidRequest(
+            f"'{answer[0]}' does not go with "
+            + ("a 'tool_choice' that forces a call." if is_forced else "'tools'."),
+            param=answer[0],
+        )
+    try:
+        text = tools_grammar(
+            use.format,
+            use.shown,
+            names=use.names,
+            parallel=use.is_parallel,
+            answer=None if answer is None else json.loads(answer[1].text),
+        )
+    except ValueError as error:
+        raise InvalidRequest(f"'tools': {error}.", param="tools") from None
+    return ("tools", text_spec("lark", text, param="tools"))
 
 
 def _plain(tool: Tool) -> dict[str, object]:

@@ -248,6 +248,21 @@ def test_faulty_tools_are_named(fields, param):
     run(scenario())
 
 
+def test_answer_in_a_form_may_take_the_place_of_a_call():
+    async def scenario():
+        engine = FakeEngine(says("x"))
+        schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        await chat(engine, {"response_format": form})
+        (constraint,) = engine.requests[0].constraints
+        for text in ('{"a":1}', '<tool_call>\n{"name": "ping", "arguments": {}}\n</tool_call>'):
+            assert constraint.num_allowed(list(text.encode())) == len(text)
+        assert constraint.num_allowed(list(b'{"b":1}')) < 7
+        assert constraint.num_allowed(list(b"words")) == 0
+
+    run(scenario())
+
+
 THOUGHT = "<think>\nHm, 2.\n</think>\n\nIt is 4."
 
 

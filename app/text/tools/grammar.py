@@ -16,11 +16,17 @@ _PYTHON_COMPACT = {"x-guidance": {"whitespace_flexible": False, "json_allowed_es
 
 
 def tools_grammar(
-    tool_format: ToolFormat, tools: Sequence[ToolSpec], *, names: Collection[str], parallel: bool
+    tool_format: ToolFormat,
+    tools: Sequence[ToolSpec],
+    *,
+    names: Collection[str],
+    parallel: bool,
+    answer: Mapping[str, object] | None = None,
 ) -> str:
     """Return a grammar of one call of the named functions; with `parallel`, of one or more.
 
-    Raises ValueError for a schema that cannot be enforced.
+    With the schema of an `answer`, JSON that satisfies it may come in their place. Raises
+    ValueError for a schema that cannot be enforced.
     """
     functions = [_function(tool) for tool in tools]
     chosen = [function for function in functions if function[0] in names]
@@ -32,7 +38,10 @@ def tools_grammar(
     parts = (
         [_quoted(opening)] * bool(opening) + [f"call{more}"] + [_quoted(closing)] * bool(closing)
     )
-    return "\n".join(["start: " + " ".join(parts), *rules])
+    if answer is not None:
+        rules.append(f"answer: {_json(normalised(answer), _COMPACT)}")
+    start = "start: calls" + " | answer" * (answer is not None)
+    return "\n".join([start, "calls: " + " ".join(parts), *rules])
 
 
 _AROUND: Mapping[ToolFormat, tuple[str, str, str]] = {
