@@ -38,7 +38,9 @@ async def respond(
         return error_response(error)
     finally:
         answer.abort()
-    return JSONResponse(body, headers=dict(headers))
+    parts = [f"{name};dur={1000 * seconds:.1f}" for name, seconds in answer.timing().items()]
+    timing = {"server-timing": ", ".join(parts)} if parts else {}
+    return JSONResponse(body, headers={**headers, **timing})
 
 
 async def unless_gone(receive: Receive, work: Coroutine[object, object, Result]) -> Result:

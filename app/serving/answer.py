@@ -27,6 +27,10 @@ class Answer(Protocol):
         """Stop generating what is not yet generated."""
         ...
 
+    def timing(self) -> dict[str, float]:
+        """Return what took how many seconds, as far as it has come."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class UsageOptions:

@@ -132,6 +132,9 @@ class ChatAnswer:
     def abort(self) -> None:
         self._generation.abort()
 
+    def timing(self) -> dict[str, float]:
+        return self._generation.timing()
+
     async def events(self) -> AsyncIterator[JsonObject]:
         """Yield the role of each choice, a chunk a delta, then usage if asked for."""
         usage = usage_options(self._request)

@@ -86,6 +86,7 @@ class Generation:
         self._context = context
         self._fields = fields
         self._arrival_s = time.monotonic()
+        self._first_token_s: float | None = None
         drawn = prompts[0].sampling[0]
         if fields.seed is None and not drawn.is_greedy:
             logger.info("request %s: seed %d", request_id, drawn.seed)  # to run it again
@@ -126,6 +127,15 @@ class Generation:
             timer = ChoiceTimer(metrics, self._arrival_s)
             self._choices.append(_Choice(text, timer, len(self._streams) - 1))
 
+    def timing(self) -> dict[str, float]:
+        """Return seconds from arrival to the first token, and from there to the last."""
+        if self._first_token_s is None:
+            return {}
+        return {
+            "ttft": self._first_token_s - self._arrival_s,
+            "decode": time.monotonic() - self._first_token_s,
+        }
+
     def abort(self) -> None:
         """End what has not ended."""
         for _, stream in self._streams:
@@ -151,6 +161,8 @@ class Generation:
             # What a shutdown cuts off is worth a retry elsewhere; a broken step is not.
             raise Draining(message) if self._context.engine.is_draining else EngineFailed(message)
         choice.num_cached_tokens = output.num_cached_tokens
+        if self._first_token_s is None:
+            self._first_token_s = time.monotonic()
         ids = output.token_ids
         is_stopped_by_id = output.stop_token_id is not None
         hides_last = is_stopped_by_id and not self._fields.include_stop_str_in_output
