@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from app.engine.drafts import NgramSpeculation
-from app.settings import Environment, ServerSettings, read_environment
+from app.settings import Environment, ServerSettings, read_api_keys, read_environment
 from app.text.tools.parser import ToolFormat
 from model.config import LoadOptions
 from model.errors import ModelError
@@ -80,11 +82,24 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on; 0 picks one")
-    add("--api-key", nargs="+", default=[], help="keys that let a client in (ARRIERO_API_KEY)")
+    add("--api-key", nargs="+", action="extend", default=[],
+        help="keys that let a client in (ARRIERO_API_KEY)")  # fmt: skip
+    add("--api-key-file", type=Path, metavar="PATH",
+        help='TOML, a table a key: [name], key = "..."')  # fmt: skip
+    add("--allowed-origins", nargs="+", type=_origin, default=[], metavar="ORIGIN",
+        help="sites whose pages may call from a browser; * for all")  # fmt: skip
+    add("--header-timeout", type=_not_negative, default=10.0, metavar="SECONDS",
+        help="time for a request's headers to arrive; 0: any")  # fmt: skip
+    add("--body-timeout", type=_not_negative, default=60.0, metavar="SECONDS",
+        help="time for a request's body to arrive; 0: any")  # fmt: skip
+    add("--max-connections", type=_count, default=4096, metavar="N",
+        help="open connections; 0: any number; probes are answered even above")  # fmt: skip
+    add("--max-connections-per-client", type=_count, default=2048, metavar="N",
+        help="open connections of one address; 0: any number")  # fmt: skip
     add("--ssl-keyfile", help="private key for TLS")
     add("--ssl-certfile", help="certificate for TLS")
     add("--root-path", default="", help="path prefix that a proxy strips")
-    add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS",
+    add("--shutdown-timeout", type=_not_negative, default=30.0, metavar="SECONDS",
         help="time that running requests have left after SIGTERM")  # fmt: skip
     levels = ["debug", "info", "warning", "error"]
     add("--log-level", choices=levels, default="info", help="what is logged")
@@ -125,6 +140,26 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[a-z0-9.\-\[\]:]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither * nor like https://example.com")
+    return text
+
+
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -140,6 +175,24 @@ def parse(argv: list[str] | None, environment: Environment) -> Command:
         parser.error("name the model once: as MODEL or with --model")
     if args.command == "serve" and not all(key.strip() for key in args.api_key):
         parser.error("--api-key is empty")
+    server = ServerSettings()
+    if args.command == "serve":
+        server = ServerSettings(
+            host=args.host,
+            port=args.port,
+            api_keys=(*args.api_key, *environment.api_keys),
+            named_keys=read_api_keys(args.api_key_file) if args.api_key_file else (),
+            allowed_origins=tuple(args.allowed_origins),
+            header_timeout_s=args.header_timeout,
+            body_timeout_s=args.body_timeout,
+            max_connections=args.max_connections,
+            max_connections_per_client=args.max_connections_per_client,
+            root_path=args.root_path,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            shutdown_timeout_s=args.shutdown_timeout,
+            log_level=args.log_level,
+        )
     named = args.model or args.model_path
     served = tuple(args.served_model_name)
     model = named
@@ -149,18 +202,6 @@ def parse(argv: list[str] | None, environment: Environment) -> Command:
 
         model = str(fetch_demo_model(environment.cache_dir, log=_say))
         served = served or (DEMO_MODEL_NAME,)
-    server = ServerSettings()
-    if args.command == "serve":
-        server = ServerSettings(
-            host=args.host,
-            port=args.port,
-            api_keys=(*args.api_key, *environment.api_keys),
-            root_path=args.root_path,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_certfile=args.ssl_certfile,
-            shutdown_timeout_s=args.shutdown_timeout,
-            log_level=args.log_level,
-        )
     return Command(
         name=args.command,
         load=_load_options(args, model, environment),

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from app.api.errors import on_http_exception, on_service_error
 from app.api.middleware import Gate
@@ -43,5 +44,14 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
     app.include_router(info_routes(context, settings.max_request_bytes))
     app.include_router(health_routes(engine, lambda: engine.is_draining))
     app.include_router(static_routes())
-    app.add_middleware(Gate, api_keys=settings.api_keys)
+    app.add_middleware(Gate, api_keys=settings.keys())
+    if settings.allowed_origins:
+        # Outermost: a browser asks without the key whether it may ask with it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-ignored-fields", "retry-after"],
+        )
     return app

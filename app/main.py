@@ -1,16 +1,20 @@
 """Runs the server: bind, load, serve, drain. The wiring that `arriero serve` stands on."""
 
 import asyncio
+import dataclasses
 import logging
+import resource
 import socket
 import sys
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 
 import uvicorn
 from tqdm import tqdm
 
+from app.api.connections import EdgeConfig
 from app.cli import Command
+from app.engine.client import EngineClient
 from app.engine.engine import Engine, EngineOptions
 from app.factory import create_app
 from app.serving.context import ServingContext
@@ -25,7 +29,12 @@ from model.loader import LoadedModel, ModelInfo, Progress, inspect_model, load_m
 
 logger = logging.getLogger("arriero")
 
+ExceptionInfo = (
+    tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+)
+
 CLOSE_TIMEOUT_S = 5  # for clients to read their last event
+OTHER_FILES = 512  # open besides connections: probes above the cap, libraries, logs
 
 
 def describe(command: Command) -> int:
@@ -39,32 +48,18 @@ def serve(command: Command) -> int:
     """Serve until told to stop; returns the exit code."""
     started_s = time.monotonic()
     settings = command.server
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logging(settings.log_level)
+    settings = _with_open_files(settings)
     # Bound before the weights are read: a port that is taken is no news after a minute.
     listener = _bind(settings)
     loaded = load_model(command.load, _progress_bar())
     context = make_context(command, loaded)
     app = create_app(context, settings)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        log_config=None,
-        access_log=settings.log_level == "debug",
-        ssl_keyfile=settings.ssl_keyfile,
-        ssl_certfile=settings.ssl_certfile,
-        root_path=settings.root_path,
-        server_header=False,
-        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
-    )
     for line in plan_lines(loaded.info):
         logger.info("%s", line)
     _log_ready(listener, settings, context, time.monotonic() - started_s)
-    server = _Server(config, context, settings.shutdown_timeout_s)
-    server.run(sockets=[listener])
+    config = EdgeConfig(app, settings, close_timeout_s=CLOSE_TIMEOUT_S)
+    DrainingServer(config, context.engine, settings.shutdown_timeout_s).run(sockets=[listener])
     return 0 if context.engine.is_draining else 1
 
 
@@ -129,14 +124,14 @@ def plan_lines(info: ModelInfo) -> list[str]:
     ]
 
 
-class _Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Uvicorn that drains: on a signal it stops being ready, then waits, then says so."""
 
     def __init__(
-        self, config: uvicorn.Config, context: ServingContext, drain_timeout_s: float
+        self, config: uvicorn.Config, engine: EngineClient, drain_timeout_s: float
     ) -> None:
         super().__init__(config)
-        self._context = context
+        self._engine = engine
         self._drain_timeout_s = drain_timeout_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -147,11 +142,52 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests finish before connections are closed."""
-        draining = asyncio.ensure_future(self._context.engine.drain(self._drain_timeout_s))
+        draining = asyncio.ensure_future(self._engine.drain(self._drain_timeout_s))
         while not draining.done() and not self.force_exit:
             await asyncio.wait({draining}, timeout=0.1)
         draining.cancel()
         await super().shutdown(sockets)
+
+
+class LineFormatter(logging.Formatter):
+    """One line a message: what a client sent can neither start a line nor move a cursor."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _printable(super().formatMessage(record))
+
+    def formatException(self, ei: ExceptionInfo) -> str:
+        """Return a traceback, indented: its last line may quote what a client sent."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join("  " + _printable(line) for line in lines)
+
+
+def _printable(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def set_up_logging(level: str) -> None:
+    """Log to standard error, a line a message."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _with_open_files(settings: ServerSettings) -> ServerSettings:
+    """Make room for as many sockets as connections may be open, or allow fewer connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.max_connections + OTHER_FILES
+    if not settings.max_connections or soft == resource.RLIM_INFINITY or soft >= needed:
+        return settings
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed >= needed:
+        return settings
+    num_connections = max(allowed - OTHER_FILES, allowed // 4)
+    logger.warning("the limit of %d open files allows %d connections", allowed, num_connections)
+    return dataclasses.replace(settings, max_connections=num_connections)
 
 
 def _bind(settings: ServerSettings) -> socket.socket:

@@ -8,8 +8,9 @@ import hashlib
 import hmac
 import logging
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import error_response
 from app.api.routes.static import PAGE_FILES
 from app.errors import ServiceError, Unauthorized
+from app.settings import ApiKey
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +27,15 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 
 class Gate:
-    """Names each request, lets in who has a key, and turns stray exceptions into a 500."""
+    """Names each request, lets in who has a key, and turns stray exceptions into a 500.
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str] = ()) -> None:
+    What is behind it finds in the scope's state `request_id` and `key_name`, the latter None where
+    no key is asked for.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[ApiKey] = ()) -> None:
         self._app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._name_of = {hashlib.sha256(key.key.encode()).digest(): key.name for key in api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,18 +43,29 @@ class Gate:
             return
         headers = dict(reversed(scope["headers"]))
         request_id = _request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["key_name"] = None
         has_started = False
+        arrival_s = time.monotonic()
 
         async def send_named(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                milliseconds = 1000 * (time.monotonic() - arrival_s)
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    (b"server-timing", f"total;dur={milliseconds:.1f}".encode()),
+                ]
             await send(message)
 
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if not self._may_enter(path, headers):
+        needs_key = bool(self._name_of) and path not in OPEN_PATHS
+        if needs_key:
+            state["key_name"] = self._holder(scope["headers"])
+        if needs_key and state["key_name"] is None:
             refusal = Unauthorized("No API key was given, or a wrong one.")
             await error_response(refusal)(scope, receive, send_named)
             return
@@ -63,15 +80,18 @@ class Gate:
             failure = ServiceError("The server had an internal error.")
             await error_response(failure)(scope, receive, send_named)
 
-    def _may_enter(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        if not self._digests or path in OPEN_PATHS:
-            return True
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        key = key.strip()
-        digest = hashlib.sha256(key).digest()
+    def _holder(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+        """Return the name of who holds the key that was sent, if it is one."""
+        values = [value for name, value in headers if name == b"authorization"]
+        # Of two, a proxy in front may have looked at the other.
+        scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(key.strip()).digest()
         # Every key is compared in full, so that time tells nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and bool(key) and any(matches)
+        matches = [
+            name for known, name in self._name_of.items() if hmac.compare_digest(digest, known)
+        ]
+        is_key = scheme.lower() == b"bearer" and bool(key.strip())
+        return matches[0] if matches and is_key else None
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

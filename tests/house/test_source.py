@@ -16,8 +16,11 @@ SOURCES = sorted([*ROOT.glob("app/**/*.py"), *ROOT.glob("model/**/*.py")])
 FORBIDDEN_MODULES = {"pickle", "dill", "marshal", "shelve"}
 OPTIONS = frozenset(
     {
+        "--allowed-origins",
         "--api-key",
+        "--api-key-file",
         "--block-size",
+        "--body-timeout",
         "--chat-template",
         "--device",
         "--download-dir",
@@ -25,12 +28,15 @@ OPTIONS = frozenset(
         "--enable-prefix-caching",
         "--generation-config",
         "--gpu-memory-utilization",
+        "--header-timeout",
         "--help",
         "--host",
         "--kv-cache-dtype",
         "--kv-cache-memory-bytes",
         "--load-format",
         "--log-level",
+        "--max-connections",
+        "--max-connections-per-client",
         "--max-model-len",
         "--max-num-batched-tokens",
         "--max-num-seqs",
