@@ -81,6 +81,8 @@ class EngineStats:
     num_steps: int = 0
     num_scheduled_tokens: int = 0
     num_failed_steps: int = 0
+    num_isolated: int = 0  # sequences that made steps fail, and ended for it
+    num_recoveries: int = 0  # times that the worker broke and went on
     num_drafts: int = 0  # times that a sequence guessed ahead
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # draft tokens that were right

@@ -30,6 +30,8 @@ from model.step import Runner, RunnerLimits
 
 logger = logging.getLogger(__name__)
 
+MAX_RECOVERIES = 3  # of the worker; whoever needs more needs a new process
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -87,7 +89,7 @@ class Engine:
     def __init__(self, runner: Runner, options: EngineOptions) -> None:
         self._options = options
         self._limits = runner.limits
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             runner.limits,
             enable_prefix_caching=options.enable_prefix_caching,
             speculation=options.speculation,
@@ -95,12 +97,13 @@ class Engine:
         if options.speculation is not None and runner.limits.max_inflight > 1:
             logger.warning("no speculation: this device works ahead of the tokens it would guess")
         self._inbox = Inbox()
-        self._step_loop = StepLoop(runner, self._scheduler, self._inbox, self._hand_over)
+        self._step_loop = StepLoop(runner, scheduler, self._inbox, self._hand_over)
         self._thread = threading.Thread(target=self._work, name="arriero-engine", daemon=True)
         self._streams: dict[str, _Stream] = {}
         self._questions: set[asyncio.Future[int]] = set()
         self._all_done = asyncio.Event()
         self._num_live_seqs = 0
+        self._num_recoveries = 0
         self._is_draining = False
         self._is_dead = False
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -186,10 +189,10 @@ class Engine:
     @property
     def _num_waiting(self) -> int:
         """Sequences without a row, those still in the inbox included."""
-        return max(0, self._num_live_seqs - len(self._scheduler.running))
+        return max(0, self._num_live_seqs - len(self._step_loop.scheduler.running))
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler = self._step_loop.scheduler
         counters = scheduler.counters
         return EngineStats(
             num_requests_running=len(scheduler.running),
@@ -202,6 +205,8 @@ class Engine:
             num_steps=counters.num_steps,
             num_scheduled_tokens=counters.num_scheduled_tokens,
             num_failed_steps=counters.num_failed_steps,
+            num_isolated=counters.num_isolated,
+            num_recoveries=self._num_recoveries,
             num_drafts=counters.num_drafts,
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=counters.num_accepted_tokens,
@@ -223,11 +228,25 @@ class Engine:
     def _work(self) -> None:
         """Run the step loop; should it die, every stream learns of it."""
         try:
-            self._step_loop.run()
+            self._run_and_recover()
         except Exception:
             logger.exception("the engine has died")
             self._is_dead = True
             self._call_soon(partial(self._fail_streams, "the engine has stopped"))
+
+    def _run_and_recover(self) -> None:
+        """Run the step loop; a few times, go on with what was running after it has broken."""
+        for num_left in reversed(range(MAX_RECOVERIES + 1)):
+            try:
+                self._step_loop.run()
+            except Exception:
+                if not num_left:
+                    raise
+                logger.exception("the engine broke; it goes on from the tokens of each request")
+                self._step_loop.recover()
+                self._num_recoveries += 1
+            else:
+                return
 
     def _hand_over(self, deliveries: list[Delivery]) -> None:
         self._call_soon(partial(self._dispatch, deliveries))

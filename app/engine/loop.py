@@ -22,7 +22,6 @@ from model.step import Runner, StepHandle
 logger = logging.getLogger(__name__)
 
 Delivery = tuple[str, SequenceOutput]  # request id, output
-MAX_FAILED_STEPS_IN_A_ROW = 3
 MAX_EMPTY_ROUNDS = 8  # a preemption can leave one round without a plan
 
 
@@ -112,8 +111,11 @@ class StepLoop:
         self._scheduler = scheduler
         self._inbox = inbox
         self._deliver = deliver
+        self._messages: deque[Message] = deque()  # taken, not yet handled
         self._requests: dict[str, Request] = {}
         self._inflight: deque[_Inflight] = deque()
+        # Halving a full batch down to one sequence, and trying that twice, fails so often.
+        self._max_failed_in_a_row = runner.limits.max_num_seqs.bit_length() + 3
         self._num_failed_in_a_row = 0
         self._num_empty_rounds = 0
         self._is_idle = True
@@ -124,21 +126,34 @@ class StepLoop:
         return 0.0 if self._is_idle else time.monotonic() - self._last_beat
 
     def run(self) -> None:
-        """Serve until `Stop`. Raises when steps fail again and again."""
+        """Serve until `Stop`. Raises when steps fail again and again; `recover` may help."""
         while True:
-            has_work = bool(self._requests or self._inflight)
+            has_work = bool(self._requests or self._inflight or self._messages)
             self._is_idle = not has_work
-            messages = self._inbox.take_all(wait=not has_work)
+            self._messages += self._inbox.take_all(wait=not has_work)
             self._last_beat = time.monotonic()
             self._is_idle = False
-            outputs: list[Delivery] = []
-            for message in messages:
+            while self._messages:
+                message = self._messages.popleft()
                 if isinstance(message, Stop):
                     return
-                outputs += self._handle(message)
-            outputs += self._step()
-            if outputs:
-                self._deliver(outputs)
+                self._send(self._handle(message))
+            self._send(self._step())
+
+    def recover(self) -> None:
+        """Put all requests into a new scheduler, from their tokens, after `run` has raised."""
+        self._inflight.clear()
+        self._num_failed_in_a_row = 0
+        self._num_empty_rounds = 0
+        self._scheduler = self._scheduler.rebuilt(self._requests.values())
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    def _send(self, deliveries: list[Delivery]) -> None:
+        if deliveries:
+            self._deliver(deliveries)
 
     # Messages
 
@@ -190,32 +205,38 @@ class StepLoop:
 
     def _step(self) -> list[Delivery]:
         """Launch what can be launched, collect the oldest step in flight."""
-        try:
-            while len(self._inflight) < self._runner.limits.max_inflight:
-                step = self._scheduler.schedule()
-                if step is None:
-                    break
+        while len(self._inflight) < self._runner.limits.max_inflight:
+            step = self._scheduler.schedule()
+            if step is None:
+                break
+            try:
                 self._launch(step)
-            if not self._inflight:
-                self._check_progress()
-                return []
-            oldest = self._inflight[0]
+            except Exception:
+                return self._fail()
+        if not self._inflight:
+            self._check_progress()
+            return []
+        oldest = self._inflight[0]
+        try:
             result = self._runner.collect(oldest.handle)
-            deliveries = self._address(self._scheduler.update(oldest.step, result))
-            self._inflight.popleft()
-            self._num_failed_in_a_row = 0
-            self._num_empty_rounds = 0
-            return deliveries
         except Exception:
-            logger.exception("a step failed")
-            self._num_failed_in_a_row += 1
-            broken = [inflight.step for inflight in self._inflight]
-            self._inflight.clear()
-            updates = self._scheduler.fail(broken, "the step that carried this request failed")
-            if self._num_failed_in_a_row >= MAX_FAILED_STEPS_IN_A_ROW:
-                self._deliver(self._address(updates))
-                raise
-            return self._address(updates)
+            return self._fail()
+        self._inflight.popleft()
+        self._num_failed_in_a_row = 0
+        self._num_empty_rounds = 0
+        return self._address(self._scheduler.update(oldest.step, result))
+
+    def _fail(self) -> list[Delivery]:
+        """Give up the steps in flight: one of them broke. Raises if none ever succeeds."""
+        logger.exception("a step failed")
+        self._num_failed_in_a_row += 1
+        broken = [inflight.step for inflight in self._inflight]
+        self._inflight.clear()
+        deliveries = self._address(self._scheduler.fail(broken))
+        if self._num_failed_in_a_row > self._max_failed_in_a_row:
+            self._send(deliveries)
+            raise RuntimeError("no step succeeds any more")
+        return deliveries
 
     def _check_progress(self) -> None:
         """Raise if requests are left but nothing can be planned, rather than spin for ever."""

@@ -41,11 +41,24 @@ class Sequence:
     num_cached_tokens: int = 0
     num_prompt_logprobs: int = 0  # positions of the prompt already reported
     num_preemptions: int = 0
+    is_suspect: bool = False  # was in a step that failed, and in none that succeeded since
+    num_failed_alone: int = 0
     drafter: Drafter | None = None  # from its first guess on
     num_guessed: int = 0  # drafts in flight that are the drafter's
     row: int | None = None
     epoch: int = 0
     finish_reason: FinishReason | None = None
+
+    def leave_row(self) -> None:
+        """Keep nothing but the tokens: they are computed again, less what is still cached."""
+        self.row = None
+        self.epoch += 1
+        self.blocks = []
+        self.num_sent_blocks = 0
+        self.num_registered_blocks = 0
+        self.num_computed_tokens = 0
+        self.num_inflight_tokens = 0
+        self.num_guessed = 0
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +97,7 @@ class Request:
     arrival: int
     priority: int
     root_key: Key
+    cache_salt: str
     read_prefix_cache: bool
     sequences: list[Sequence] = field(default_factory=list)
 
@@ -95,6 +109,7 @@ def make_request(message: EngineRequest, arrival: int, root_key: Key) -> Request
         arrival=arrival,
         priority=message.priority,
         root_key=root_key,
+        cache_salt=message.cache_salt,
         read_prefix_cache=message.read_prefix_cache,
     )
     constraints = message.constraints or (None,) * len(message.sampling)

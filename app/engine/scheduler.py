@@ -10,7 +10,9 @@ Nothing here waits for a sampled value: `schedule` may be called again before `u
 the last result. Knows no threads, tensors or text.
 """
 
+import logging
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from app.engine.blocks import Block, BlockAllocator, BlockHasher
@@ -19,6 +21,7 @@ from app.engine.drafts import Drafter, NgramSpeculation
 from app.engine.planning import OpenStep, ScheduledStep
 from app.engine.queue import WaitingQueue
 from app.engine.request import Request, Sequence, make_request
+from app.engine.suspects import Suspects
 from model.step import (
     ConstraintFailed,
     NewRow,
@@ -28,6 +31,8 @@ from model.step import (
     StepPlan,
     StepResult,
 )
+
+logger = logging.getLogger(__name__)
 
 FREE_STEP_TOKENS = 16  # up to here a step costs little more than one of a single token
 
@@ -50,6 +55,7 @@ class SchedulerCounters:
     num_steps: int = 0
     num_scheduled_tokens: int = 0
     num_failed_steps: int = 0
+    num_isolated: int = 0  # sequences that made steps fail, and ended for it
     num_drafts: int = 0  # times that a sequence guessed ahead
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -77,6 +83,7 @@ class Scheduler:
         self._hasher = BlockHasher()
         self._free_rows = list(reversed(range(limits.max_num_seqs)))
         self._removed_rows: list[int] = []
+        self._suspects = Suspects()
         self._num_requests = 0
 
     # Requests come and go
@@ -119,8 +126,10 @@ class Scheduler:
         """Plan the next step; None when no sequence can be advanced."""
         num_decoding = sum(sequence.num_behind == 1 for sequence in self.running)
         step = OpenStep(self.limits.max_num_batched_tokens - num_decoding)
-        has_preempted = self._schedule_running(step)
-        if not has_preempted:
+        trial = self._suspects.next_trial()
+        if trial:
+            self._schedule_trial(step, trial)
+        elif not self._schedule_running(step, self.running):
             self._schedule_waiting(step)
         if not step.rows:
             return None
@@ -143,14 +152,31 @@ class Scheduler:
             constrained=constrained,
         )
 
-    def _schedule_running(self, step: OpenStep) -> bool:
+    def _schedule_trial(self, step: OpenStep, trial: list[Sequence]) -> None:
+        """Advance some of those that were in a step that failed, and nobody else.
+
+        They ran together before, so there is room for them once the others have made it.
+        """
+        self._schedule_running(step, [sequence for sequence in trial if sequence.row is not None])
+        for sequence in trial:
+            if sequence.row is not None or not step.budget:
+                continue
+            needed = self._num_blocks_missing(sequence)
+            while not self._free_rows or self.allocator.num_free < needed:
+                others = [other for other in self.running if other not in trial]
+                if not others:
+                    return
+                self._preempt(others[-1])
+            self._admit(step, sequence, [])
+
+    def _schedule_running(self, step: OpenStep, sequences: list[Sequence]) -> bool:
         """Advance who already has a row, in order; True if somebody had to give way.
 
         A sequence one token behind has its token set aside before anyone's longer share is
         cut: a long prompt never holds up the sequences that stream.
         """
         num_preemptions = self.counters.num_preemptions
-        for sequence in list(self.running):
+        for sequence in list(sequences):
             is_decoding = sequence.num_behind == 1
             if sequence.row is None or not sequence.num_behind:
                 continue
@@ -171,13 +197,17 @@ class Scheduler:
             num_free = self.allocator.num_free - sum(block.ref_count == 0 for block in hits)
             if num_free - promised < self._num_blocks_missing(sequence) - len(hits):
                 break
-            self.waiting.remove(sequence)
-            self._enter_row(step, sequence, hits)
-            num_tokens = self._share(sequence, step.budget)
-            self._grow(sequence, num_tokens)
-            step.budget -= num_tokens
-            self._plan(step, sequence, num_tokens)
+            self._admit(step, sequence, hits)
             promised += self._num_blocks_missing(sequence)
+
+    def _admit(self, step: OpenStep, sequence: Sequence, hits: list[Block]) -> None:
+        """Give a waiting sequence a row and its share of the step."""
+        self.waiting.remove(sequence)
+        self._enter_row(step, sequence, hits)
+        num_tokens = self._share(sequence, step.budget)
+        self._grow(sequence, num_tokens)
+        step.budget -= num_tokens
+        self._plan(step, sequence, num_tokens)
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """Tokens a sequence may compute; a chunk that is not its last ends with a full block."""
@@ -326,14 +356,7 @@ class Scheduler:
         self._free_rows.append(sequence.row)
         self._removed_rows.append(sequence.row)
         self.allocator.release(sequence.blocks)
-        sequence.row = None
-        sequence.epoch += 1
-        sequence.blocks = []
-        sequence.num_sent_blocks = 0
-        sequence.num_registered_blocks = 0
-        sequence.num_computed_tokens = 0
-        sequence.num_inflight_tokens = 0
-        sequence.num_guessed = 0
+        sequence.leave_row()
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's blocks; it will compute its tokens again, less what is still cached.
@@ -448,11 +471,16 @@ class Scheduler:
         for sequence, epoch, plan_row, row in planned:
             if sequence.epoch != epoch:
                 continue
+            output = None
             try:
                 error = step.broken.get(sequence, row.error)
-                output = None if error else self._take_result(sequence, plan_row, row)
+                if error is None:
+                    output = self._take_result(sequence, plan_row, row)
             except ConstraintFailed as failure:
-                error, output = str(failure), None
+                error = str(failure)
+            except Exception:  # a fault of ours in one sequence's result costs no other's
+                logger.exception("a result could not be taken in")
+                error = "the result of this request could not be taken in"
             if error is not None:
                 updates.append(self._fail_row(sequence, error))
             elif output is not None:
@@ -478,6 +506,7 @@ class Scheduler:
             if reason:
                 break
         if row.token_ids:
+            sequence.is_suspect, sequence.num_failed_alone = False, 0
             sequence.num_inflight_tokens -= 1
             sequence.num_computed_tokens += max(accepted - 1, 0)
         if sequence.num_guessed and sequence.drafter is not None:
@@ -518,22 +547,52 @@ class Scheduler:
             sequence, SequenceOutput(index=sequence.index, finish_reason="error", error=error)
         )
 
-    def fail(self, steps: list[ScheduledStep], error: str) -> list[Update]:
-        """Clean up after steps that broke: their sequences end, the others start over.
+    def fail(self, steps: list[ScheduledStep]) -> list[Update]:
+        """Clean up after steps that broke; return the end of the sequence that breaks them.
 
-        Nobody knows what the device holds now, so all rows are left and the cache is emptied.
+        Nobody knows what the device holds now, so all rows are left and the cache is emptied. All
+        sequences start over from their tokens; those of the steps are tried in ever smaller groups
+        until one fails alone, twice, and ends. The others go on as if nothing had been.
         """
         self.counters.num_failed_steps += len(steps)
         self.allocator.forget_all()
-        updates = []
+        involved = []
         for step in steps:
             self._removed_rows += step.plan.removed  # the runner may not have come that far
             for sequence, epoch in zip(step.sequences, step.epochs, strict=True):
-                if sequence.epoch == epoch:
-                    updates.append(self._fail_row(sequence, error))
+                if sequence.epoch == epoch and sequence not in involved:
+                    involved.append(sequence)
         for sequence in reversed(list(self.running)):
             self._preempt(sequence)
-        return updates
+        guilty = self._suspects.split(involved)
+        if guilty is None:
+            return []
+        self.counters.num_isolated += 1
+        self.finish(guilty, "error")
+        error = "the step that carried this request failed"
+        return [
+            Update(guilty, SequenceOutput(index=guilty.index, finish_reason="error", error=error))
+        ]
+
+    def rebuilt(self, requests: Iterable[Request]) -> "Scheduler":
+        """Return a new scheduler in place of a broken one: the same requests, from their tokens."""
+        fresh = Scheduler(
+            self.limits,
+            enable_prefix_caching=self._enable_prefix_caching,
+            speculation=self._speculation,
+        )
+        fresh.counters = self.counters
+        fresh._num_requests = self._num_requests
+        fresh._removed_rows = list(range(self.limits.max_num_seqs))
+        for request in requests:
+            request.root_key = fresh._hasher.root(None, request.cache_salt)
+            for sequence in request.sequences:
+                if sequence.finish_reason is None:
+                    sequence.leave_row()
+                    sequence.block_keys = []
+                    sequence.is_suspect = False
+                    fresh.waiting.push(sequence)
+        return fresh
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless rows, blocks and queues agree with each other."""

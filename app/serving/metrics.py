@@ -135,6 +135,8 @@ class _EngineCollector(Collector):
         )
         yield self._counter("engine_steps", "Steps launched.", stats.num_steps)
         yield self._counter("failed_steps", "Steps that broke.", stats.num_failed_steps)
+        yield self._counter("isolated_sequences", "Ended for breaking steps.", stats.num_isolated)
+        yield self._counter("engine_recoveries", "Workers rebuilt.", stats.num_recoveries)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         metric = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])

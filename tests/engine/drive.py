@@ -84,7 +84,7 @@ class Driver:
             steps.append(step)
         self._inflight.clear()
         self.runner.abandon()
-        updates = self.scheduler.fail(steps, "broken")
+        updates = self.scheduler.fail(steps)
         self.ended.update(update.sequence for update in updates)
         self._keep(updates)
         self.scheduler.check_integrity()

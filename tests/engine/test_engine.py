@@ -8,6 +8,7 @@ import pytest
 
 from app.engine.client import EngineRequest, SequenceOutput
 from app.engine.engine import Engine, EngineOptions
+from app.engine.scheduler import Scheduler
 from app.errors import ContextLengthExceeded, Draining, EngineDead, Overloaded
 from model.step import RunnerLimits, SamplingParams, StepPlan
 from tests.engine.drive import VOCAB, make_limits
@@ -41,6 +42,10 @@ class Gate:
         assert self.is_open.wait(20)
         if self.fails:
             raise self.fails.pop()
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
 
 
 def open_gate() -> Gate:
@@ -187,29 +192,130 @@ def test_full_queue_refuses_and_takes_again_once_it_is_shorter():
     asyncio.run(scenario())
 
 
-def test_failed_step_ends_its_requests_with_an_error_and_the_engine_goes_on():
+def test_fault_that_does_not_come_back_costs_nobody_anything():
     async def scenario():
         gate = open_gate()
         gate.fails = [RuntimeError("device")]
         async with Running(gate) as engine:
-            outputs = await collect(engine.submit(make_request("a")))
-            assert reasons(outputs) == ["error"]
-            assert engine.is_alive
-            assert reasons(await collect(engine.submit(make_request("b")))) == ["length"]
+            outputs = await collect(engine.submit(make_request("a", max_tokens=9)))
+            assert reasons(outputs) == ["length"]
+            assert tokens(outputs) == expected_tokens(list(PROMPT), greedy(9), VOCAB)
             assert engine.stats().num_failed_steps == 1
+            assert engine.stats().num_isolated == 0
 
     asyncio.run(scenario())
 
 
-def test_engine_that_fails_again_and_again_dies_and_says_so():
+class Poison:
+    """A device that breaks whenever it computes the sequence of one prompt beyond some length."""
+
+    def __init__(self, prompt: tuple[int, ...], breaks_at: int = 0) -> None:
+        self.prompt, self.breaks_at = prompt, breaks_at
+        self.rows: set[int] = set()
+
+    def __call__(self, plan: StepPlan) -> None:
+        self.rows -= set(plan.removed)
+        self.rows |= {
+            new.row for new in plan.added if new.token_ids[: len(self.prompt)] == self.prompt
+        }
+        for row in plan.rows:
+            if row.row in self.rows and row.start + row.num_tokens > self.breaks_at:
+                raise MemoryError("too much")
+
+
+@pytest.mark.parametrize("max_inflight", [1, 2])
+@pytest.mark.parametrize("breaks_at", [0, len(PROMPT) + 3])
+def test_request_that_breaks_steps_ends_alone_and_its_neighbours_say_what_they_would(
+    breaks_at, max_inflight
+):
     async def scenario():
-        gate = open_gate()
-        gate.fails = [RuntimeError("device") for _ in range(3)]
+        poison = Poison(tuple(PROMPT), breaks_at)
+        limits = {"max_num_seqs": 8, "num_blocks": 64, "max_inflight": max_inflight}
+        async with Running(poison, **limits) as engine:
+            prompts = [(place, *PROMPT[1:]) for place in range(10, 17)]
+            bad = engine.submit(make_request("bad", max_tokens=12))
+            good = [
+                engine.submit(make_request(str(p[0]), prompt=p, max_tokens=12)) for p in prompts
+            ]
+            outputs = await asyncio.gather(*(collect(stream) for stream in [bad, *good]))
+            assert reasons(outputs[0]) == ["error"]
+            for prompt, mine in zip(prompts, outputs[1:], strict=True):
+                assert reasons(mine) == ["length"]
+                assert tokens(mine) == expected_tokens(list(prompt), greedy(12), VOCAB)
+            stats = engine.stats()
+            assert stats.num_isolated == 1
+            assert stats.num_recoveries == 0
+            assert stats.num_free_blocks == 64
+            assert reasons(await collect(engine.submit(make_request("later", prompt=(5,))))) == [
+                "length"
+            ]
+
+    asyncio.run(scenario())
+
+
+def test_two_that_break_steps_are_both_found():
+    async def scenario():
+        first, second = Poison((50, 1)), Poison((51, 1))
+
+        def both(plan: StepPlan) -> None:
+            for poison in (first, second):  # both follow the rows, whoever raises
+                poison.rows -= set(plan.removed)
+                poison.rows |= {n.row for n in plan.added if n.token_ids[:2] == poison.prompt}
+            if any(row.row in first.rows | second.rows for row in plan.rows):
+                raise RuntimeError("broken")
+
+        async with Running(both, max_num_seqs=8, num_blocks=64) as engine:
+            streams = [
+                engine.submit(make_request(str(i), prompt=(i, 1, 2), max_tokens=6))
+                for i in (47, 48, 49, 50, 51, 52, 53)
+            ]
+            outputs = await asyncio.gather(*(collect(stream) for stream in streams))
+            ends = [reasons(output)[0] for output in outputs]
+            assert ends == ["length"] * 3 + ["error"] * 2 + ["length"] * 2
+
+    asyncio.run(scenario())
+
+
+def test_broken_scheduler_is_rebuilt_and_streams_go_on(monkeypatch):
+    async def scenario():
+        gate = Gate()
         async with Running(gate) as engine:
-            for name in "abc":
-                assert reasons(await collect(engine.submit(make_request(name)))) == ["error"]
+            streams = [
+                engine.submit(make_request(str(i), prompt=(i, 1, 2), max_tokens=9))
+                for i in range(3)
+            ]
+            reading = [asyncio.create_task(collect(stream)) for stream in streams]
+            schedule, calls = Scheduler.schedule, iter(range(1000))
+
+            def broken(self):
+                if next(calls) in (2, 7):
+                    self.running.clear()  # as if rows were lost
+                    raise KeyError("a bug")
+                return schedule(self)
+
+            monkeypatch.setattr(Scheduler, "schedule", broken)
+            gate.is_open.set()
+            for i, outputs in enumerate(await asyncio.gather(*reading)):
+                assert reasons(outputs) == ["length"]
+                assert tokens(outputs) == expected_tokens([i, 1, 2], greedy(9), VOCAB)
+            assert engine.stats().num_recoveries == 2
+            assert engine.is_alive
+
+    asyncio.run(scenario())
+
+
+def test_device_on_which_no_step_succeeds_is_given_up_and_every_stream_ends():
+    async def scenario():
+        def broken(plan: StepPlan) -> None:
+            raise RuntimeError("device lost")
+
+        async with Running(broken) as engine:
+            streams = [engine.submit(make_request(str(i), max_tokens=5)) for i in range(6)]
+            outputs = await asyncio.gather(*(collect(stream) for stream in streams))
+            assert [reasons(output) for output in outputs] == [["error"]] * 6
             while engine.is_alive:
-                await asyncio.sleep(0)
+                stream = engine.submit(make_request(str(time.monotonic())))
+                assert reasons(await collect(stream)) == ["error"]
             with pytest.raises(EngineDead):
                 engine.submit(make_request("d"))
 
