@@ -168,6 +168,13 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(num_blocks=64, num_free_blocks=48, num_requests_running=1)
 
+    @property
+    def stuck_for(self) -> float:
+        return self.age_s / 30
+
+    def give_up(self, error: str) -> None:
+        self.error, self.is_alive = error, False
+
     def heartbeat_age_s(self) -> float:
         return self.age_s
 

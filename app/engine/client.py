@@ -114,6 +114,15 @@ class EngineClient(Protocol):
         ...
 
     @property
+    def stuck_for(self) -> float:
+        """How far the step under way is over its time: above 1 it is stuck. 0 when idle."""
+        ...
+
+    def give_up(self, error: str) -> None:
+        """End every stream with an error now, whatever the worker does, and take no more."""
+        ...
+
+    @property
     def is_draining(self) -> bool:
         """True once no more requests are taken."""
         ...

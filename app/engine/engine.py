@@ -30,6 +30,7 @@ from model.step import Runner, RunnerLimits
 
 logger = logging.getLogger(__name__)
 
+JOIN_TIMEOUT_S = 5.0
 MAX_RECOVERIES = 3  # of the worker; whoever needs more needs a new process
 
 
@@ -119,7 +120,8 @@ class Engine:
         if self._thread.is_alive():
             self._inbox.put(FinishAll("the server is shutting down"))
             self._inbox.put(Stop())
-            await asyncio.to_thread(self._thread.join)
+            # A step that hangs holds nobody up: the thread does not outlive the process.
+            await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
         self._fail_streams("the server is shutting down")
 
     @property
@@ -136,6 +138,15 @@ class Engine:
 
     def heartbeat_age_s(self) -> float:
         return self._step_loop.heartbeat_age_s()
+
+    @property
+    def stuck_for(self) -> float:
+        return self._step_loop.heartbeat_age_s() / self._step_loop.patience_s
+
+    def give_up(self, error: str) -> None:
+        """End every stream with an error now: the worker will not come back."""
+        self._is_dead = True
+        self._fail_streams(error)
 
     def submit(self, request: EngineRequest) -> _Stream:
         """Queue a request. Raises ContextLengthExceeded, Overloaded, Draining or EngineDead."""

@@ -22,6 +22,8 @@ from model.step import Runner, StepHandle
 logger = logging.getLogger(__name__)
 
 Delivery = tuple[str, SequenceOutput]  # request id, output
+FIRST_PATIENCE_S = 60.0  # the first step of a large model may be slow
+MIN_PATIENCE_S = 10.0
 MAX_EMPTY_ROUNDS = 8  # a preemption can leave one round without a plan
 
 
@@ -120,6 +122,14 @@ class StepLoop:
         self._num_empty_rounds = 0
         self._is_idle = True
         self._last_beat = time.monotonic()
+        self._longest_round_s: float | None = None
+
+    @property
+    def patience_s(self) -> float:
+        """How long a round may take before something is wrong: far longer than any has so far."""
+        if self._longest_round_s is None:
+            return FIRST_PATIENCE_S
+        return max(MIN_PATIENCE_S, 5 * self._longest_round_s)
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the loop last came round; 0 while it sleeps for lack of work."""
@@ -139,6 +149,9 @@ class StepLoop:
                     return
                 self._send(self._handle(message))
             self._send(self._step())
+            self._longest_round_s = max(
+                self._longest_round_s or 0.0, time.monotonic() - self._last_beat
+            )
 
     def recover(self) -> None:
         """Put all requests into a new scheduler, from their tokens, after `run` has raised."""

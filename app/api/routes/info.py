@@ -15,8 +15,6 @@ from app.serving.engine_view import engine_view
 from app.serving.models import get_model, list_models
 from app.serving.tokenize import detokenize, tokenize
 
-STUCK_AFTER_S = 30.0  # without a sign of life from the step loop
-
 
 def info_routes(context: ServingContext, max_bytes: int) -> APIRouter:
     """Return the routes that tell about the model."""
@@ -62,7 +60,7 @@ def health_routes(engine: EngineClient, is_draining: Callable[[], bool]) -> APIR
     router = APIRouter(redirect_slashes=False)
 
     def is_live() -> bool:
-        return engine.is_alive and engine.heartbeat_age_s() < STUCK_AFTER_S
+        return engine.is_alive and engine.stuck_for < 1
 
     def report(is_good: bool, good: str, bad: str) -> JSONResponse:
         return JSONResponse({"status": good if is_good else bad}, 200 if is_good else 503)
