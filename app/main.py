@@ -51,14 +51,14 @@ def serve(command: Command) -> int:
     set_up_logging(settings.log_level)
     settings = _with_open_files(settings)
     # Bound before the weights are read: a port that is taken is no news after a minute.
-    listener = _bind(settings)
+    listener = bind(settings)
     loaded = load_model(command.load, _progress_bar())
     context = make_context(command, loaded)
     app = create_app(context, settings)
     for line in plan_lines(loaded.info):
         logger.info("%s", line)
     _log_ready(listener, settings, context, time.monotonic() - started_s)
-    config = EdgeConfig(app, settings, close_timeout_s=CLOSE_TIMEOUT_S)
+    config = EdgeConfig(app, settings)
     DrainingServer(config, context.engine, settings.shutdown_timeout_s).run(sockets=[listener])
     return 0 if context.engine.is_draining else 1
 
@@ -146,7 +146,25 @@ class DrainingServer(uvicorn.Server):
         while not draining.done() and not self.force_exit:
             await asyncio.wait({draining}, timeout=0.1)
         draining.cancel()
-        await super().shutdown(sockets)
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        connections = self.server_state.connections
+        for connection in list(connections):
+            connection.shutdown()
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        while connections and not self.force_exit and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        await self._hang_up()
+        await self.lifespan.shutdown()
+
+    async def _hang_up(self) -> None:
+        """Close what is still open. Requests end as with clients that go, not by cancelling."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        if tasks := set(self.server_state.tasks):
+            await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
 
 
 class LineFormatter(logging.Formatter):
@@ -190,7 +208,8 @@ def _with_open_files(settings: ServerSettings) -> ServerSettings:
     return dataclasses.replace(settings, max_connections=num_connections)
 
 
-def _bind(settings: ServerSettings) -> socket.socket:
+def bind(settings: ServerSettings) -> socket.socket:
+    """Return the one socket that is listened on. Raises ConfigError if it cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

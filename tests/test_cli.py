@@ -1,11 +1,18 @@
 """Flags whose values have a form of their own."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
-from app.cli import parse_speculation
+from app.cli import parse, parse_speculation
 from app.engine.drafts import NgramSpeculation
+from app.settings import ApiKey, Environment, read_api_keys
+from model.errors import ConfigError
+
+ENVIRONMENT = Environment(
+    cache_dir=Path("nowhere"), api_keys=("e",), hf_token=None, is_offline=True
+)
 
 
 def test_speculative_config_is_read_with_the_defaults_of_vllm():
@@ -40,3 +47,76 @@ def test_speculative_config_is_read_with_the_defaults_of_vllm():
 def test_speculative_config_that_cannot_be_meant_is_refused(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         parse_speculation(text)
+
+
+def test_keys_come_from_flags_environment_and_file(tmp_path):
+    path = tmp_path / "keys.toml"
+    path.write_text('# two teams\n[alice]\nkey = "clé-1"\n[bob]\nkey = "b"\n', "utf-8")
+    line = ["serve", "m", "--api-key", "a", "b", "--api-key", "c", "--api-key-file", str(path)]
+    settings = parse(line, ENVIRONMENT).server
+    assert settings.api_keys == ("a", "b", "c", "e")
+    assert settings.named_keys == (
+        ApiKey(name="alice", key="clé-1"),
+        ApiKey(name="bob", key="b"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no key"),
+        (b"# nothing yet", "holds no key"),
+        (b"alice: hidden", "is not TOML"),
+        (b"[alice]\nkey = 'hidden\xff'", "is not TOML in UTF-8"),
+        (b"alice = 'hidden'", "needs one field"),
+        (b"[alice]", "needs one field"),
+        (b"[alice]\nkey = 'hidden'\nwieght = 1", "needs one field"),
+        (b"[alice]\nkey = ''", "without spaces"),
+        (b"[alice]\nkey = 'hidden '", "without spaces"),
+        (b"[alice]\nkey = 5", "without spaces"),
+        (b"[alice]\nkey = 'hidden'\n[bob]\nkey = 'hidden'", "has the key of"),
+        (b"['al\\nice']\nkey = 'hidden'", "a name is"),
+    ],
+    ids=range(12),
+)
+def test_key_file_that_cannot_be_meant_is_refused_and_no_key_shown(tmp_path, content, message):
+    path = tmp_path / "keys.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_api_keys(path)
+    assert "hidden" not in str(refused.value)
+
+
+def test_key_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        read_api_keys(tmp_path / "keys.toml")
+
+
+def test_limits_of_connections_reach_the_settings():
+    line = ["--header-timeout", "1.5", "--body-timeout", "0", "--max-connections", "7"]
+    line += ["--max-connections-per-client", "0", "--allowed-origins", "https://a.example:8443"]
+    settings = parse(["serve", "m", *line], ENVIRONMENT).server
+    assert (settings.header_timeout_s, settings.body_timeout_s) == (1.5, 0)
+    assert (settings.max_connections, settings.max_connections_per_client) == (7, 0)
+    assert settings.allowed_origins == ("https://a.example:8443",)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--header-timeout=-1",
+        "--body-timeout=nan",
+        "--shutdown-timeout=inf",
+        "--max-connections=-1",
+        "--max-connections-per-client=x",
+        '--allowed-origins=["*"]',
+        "--allowed-origins=https://a.example/",
+        "--allowed-origins=a.example",
+        "--api-key=",
+    ],
+)
+def test_flag_of_the_server_that_cannot_be_meant_is_a_usage_error(flag, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["serve", "m", flag], ENVIRONMENT)
+    assert left.value.code == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err

@@ -89,6 +89,8 @@ class StrictConnection(h11.Connection):
         return event
 
     def _fault_of_request(self, request: h11.Request) -> ServiceError | None:
+        if request.http_version not in (b"1.0", b"1.1"):
+            return InvalidRequest("This server speaks HTTP/1.1.")
         headers = list(request.headers)
         if len(headers) > MAX_HEADERS:
             return HeadersTooLarge(f"There are more than {MAX_HEADERS} headers.")
@@ -175,7 +177,7 @@ class OpenConnections:
 class EdgeConfig(uvicorn.Config):
     """Uvicorn's configuration of this service, with what its connections share."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, *, close_timeout_s: int) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         missing = [name for name in _NEEDED if not hasattr(H11Protocol, name)]
         if missing:
             raise ConfigError(
@@ -193,7 +195,6 @@ class EdgeConfig(uvicorn.Config):
             server_header=False,
             # Nothing asks for the client's address, and a header should not forge it in the log.
             proxy_headers=False,
-            timeout_graceful_shutdown=close_timeout_s,
         )
         self.settings = settings
         self.open_connections = OpenConnections(

@@ -5,9 +5,11 @@ import logging
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 
+from app.api.middleware import Gate
 from app.factory import create_app
-from app.settings import ServerSettings
+from app.settings import ApiKey, ServerSettings
 from tests.api.serve import client_of, run
 from tests.fake_engine import FakeEngine, make_context, says
 
@@ -120,6 +122,100 @@ def test_sane_request_id_is_kept_and_another_replaced(given, is_kept):
         async with client_of(FakeEngine(says("x"))) as client:
             response = await client.get("/version", headers=[(b"x-request-id", given.encode())])
         assert (response.headers["x-request-id"] == given) is is_kept
+
+    run(scenario())
+
+
+def test_two_keys_in_one_request_open_nothing():
+    async def scenario():
+        async with client_of(FakeEngine(says("x")), api_keys=KEYS) as client:
+            sent = [(b"authorization", b"Bearer secret"), (b"authorization", b"Bearer wrong")]
+            for headers in (sent, sent[::-1]):
+                assert (await client.get("/version", headers=headers)).status_code == 401
+
+    run(scenario())
+
+
+def test_routes_know_who_asks_but_not_with_which_key():
+    states = {}
+
+    async def note(scope, receive, send):
+        states[scope["path"]] = dict(scope["state"])
+        await PlainTextResponse("")(scope, receive, send)
+
+    async def scenario():
+        named = (ApiKey(name="alice", key="clé"), ApiKey(name="bob", key="b"))
+        keys = ServerSettings(api_keys=("c", "d"), named_keys=named).keys()
+        transport = httpx.ASGITransport(app=Gate(note, keys))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for key in ("clé", "b", "c", "d"):
+                header = {b"authorization": b"Bearer " + key.encode()}
+                await client.get(f"/{key.encode().hex()}", headers=header)
+            await client.get("/health", headers=header)
+
+    run(scenario())
+    assert [state.pop("key_name") for state in states.values()] == [
+        "alice",
+        "bob",
+        "key-1",
+        "key-2",
+        None,
+    ]
+    assert not any("clé" in repr(state) for state in states.values())
+
+
+def test_settings_do_not_show_keys():
+    named = (ApiKey(name="alice", key="hidden"),)
+    assert "hidden" not in repr(ServerSettings(api_keys=("hidden",), named_keys=named))
+
+
+PREFLIGHT = {
+    "origin": "https://chat.example",
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-stainless-os",
+}
+
+
+def test_pages_of_an_allowed_origin_may_ask_before_they_have_a_key():
+    async def scenario():
+        origins = ("https://chat.example",)
+        engine = FakeEngine(says("x"))
+        async with client_of(engine, api_keys=KEYS, allowed_origins=origins) as client:
+            asked = await client.options("/v1/completions", headers=PREFLIGHT)
+            assert asked.status_code == 200
+            assert asked.headers["access-control-allow-origin"] == "https://chat.example"
+            assert "x-stainless-os" in asked.headers["access-control-allow-headers"]
+            for key, status in (("secret", 200), ("wrong", 401)):
+                headers = {"origin": "https://chat.example", "authorization": f"Bearer {key}"}
+                sent = await client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+                assert sent.status_code == status
+                assert sent.headers["access-control-allow-origin"] == "https://chat.example"
+                assert "access-control-allow-credentials" not in sent.headers
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("origins", [(), ("https://other.example",)], ids=["off", "other"])
+def test_pages_of_other_origins_are_told_nothing(origins):
+    async def scenario():
+        engine = FakeEngine(says("x"))
+        async with client_of(engine, api_keys=KEYS, allowed_origins=origins) as client:
+            asked = await client.options("/v1/completions", headers=PREFLIGHT)
+            assert asked.status_code in (400, 401)
+            headers = {"origin": "https://chat.example", "authorization": "Bearer secret"}
+            sent = await client.get("/version", headers=headers)
+            assert "access-control-allow-origin" not in {*asked.headers, *sent.headers}
+
+    run(scenario())
+
+
+def test_any_origin_may_be_allowed_and_then_without_credentials():
+    async def scenario():
+        async with client_of(FakeEngine(says("x")), allowed_origins=("*",)) as client:
+            headers = {"origin": "https://evil.example", "cookie": "a=b"}
+            sent = await client.get("/version", headers=headers)
+            assert sent.headers["access-control-allow-origin"] == "*"
+            assert "access-control-allow-credentials" not in sent.headers
 
     run(scenario())
 

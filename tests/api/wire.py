@@ -72,7 +72,7 @@ def wire_server(engine: WireEngine | None = None, **options) -> Iterator[Wire]:
     engine = engine or WireEngine(says("x"))
     settings = ServerSettings(**options)
     context = make_context(engine)
-    config = EdgeConfig(create_app(context, settings), settings, close_timeout_s=1)
+    config = EdgeConfig(create_app(context, settings), settings)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     wire = Wire(listener.getsockname(), engine, config)
