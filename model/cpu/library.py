@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 = range(3)
+SOURCE_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KV_KINDS = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 BLOCK_TYPES = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2, "Q4_K": 3}
 PANEL = 16  # rows of a packed matrix side by side
@@ -62,6 +63,20 @@ class RotationTable(Structure):
         ("block", c_int32),
         ("mixing", c_void_p),
         ("signs", c_void_p),
+    )
+
+
+class Source(Structure):
+    """A matrix of a file, and what is done to it before it is packed; see native.h."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("rows", c_int32),
+        ("cols", c_int32),
+        ("values", c_void_p),
+        ("columns", c_void_p),
+        ("inputs", POINTER(RotationTable)),
+        ("outputs", POINTER(RotationTable)),
     )
 
 
@@ -122,9 +137,15 @@ class Library:
         """End the threads; nothing of the library may be used after it."""
         self._c.pool_destroy(self.pool)
 
-    def pack_values(self, matrix: Matrix, values: Tensor) -> None:
-        """Quantise float32 values [rows, cols] into a matrix's zeroed buffers."""
-        self._c.pack_values(self.pool, ctypes.byref(matrix), pointer(values))
+    def pack_weights(self, matrix: Matrix, source: Source, work: Tensor) -> bool:
+        """Fill a matrix's zeroed buffers and its factor, by way of float32 values in `work`.
+
+        Returns False if the matrix cannot be quantised, as some weights are not finite.
+        """
+        done = self._c.pack_weights(
+            self.pool, ctypes.byref(matrix), ctypes.byref(source), pointer(work)
+        )
+        return bool(done)
 
     def pack_blocks(
         self, matrix: Matrix, kind: int, blocks: int, row_bytes: int, source_rows: Tensor | None

@@ -3,7 +3,7 @@
 Schemes, and why each matrix is quantised as it is, are in `docs/quantization.md`.
 """
 
-import math
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,14 @@ from torch import Tensor
 from model.cpu.library import (
     BLOCK_TYPES,
     PANEL,
+    SOURCE_KINDS,
     WEIGHTS_FLOAT32,
     WEIGHTS_INT4,
     WEIGHTS_INT8,
     Library,
     Matrix,
     RotationTable,
+    Source,
     pointer,
 )
 from model.errors import WeightsError
@@ -71,75 +73,6 @@ class Arena:
         return copy
 
 
-class Packer:
-    """Turns tensors into matrices in an arena."""
-
-    def __init__(self, library: Library, arena: Arena) -> None:
-        self._library = library
-        self._arena = arena
-
-    def pack(self, values: Tensor, form: Form, bias: Tensor | None = None) -> Matrix:
-        """Quantise float32 values [rows, cols]. Raises WeightsError if they are not finite."""
-        rows, cols = values.shape
-        largest = float(values.abs().max()) if form.kind != WEIGHTS_FLOAT32 else 0.0
-        if not math.isfinite(largest):
-            raise WeightsError(f"a matrix of {rows} x {cols} weights has some that are not finite")
-        matrix = self._allocate(rows, cols, form, _factor(largest, form), bias)
-        self._library.pack_values(matrix, values.contiguous())
-        return matrix
-
-    def repack(self, packed: PackedTensor, bias: Tensor | None = None) -> Matrix:
-        """Take over GGUF's blocks, of a type in BLOCK_TYPES, without changing their codes."""
-        rows, cols = packed.shape
-        form = INT8_BY_32 if packed.type == "Q8_0" else INT4
-        matrix = self._allocate(rows, cols, form, 1.0, bias)
-        source_rows = None
-        if packed.num_heads is not None:
-            order = torch.arange(rows, dtype=torch.int32).view(packed.num_heads, -1, 2)
-            source_rows = order.transpose(1, 2).contiguous().flatten()
-        blocks = np.ascontiguousarray(packed.blocks)
-        self._library.pack_blocks(
-            matrix, BLOCK_TYPES[packed.type], blocks.ctypes.data, blocks.shape[1], source_rows
-        )
-        return matrix
-
-    def _allocate(
-        self, rows: int, cols: int, form: Form, factor: float, bias: Tensor | None
-    ) -> Matrix:
-        group = form.group or -(-cols // 4) * 4
-        padded = cols if form.kind == WEIGHTS_FLOAT32 else -(-cols // group) * group
-        panels = -(-rows // PANEL)
-        bits = {WEIGHTS_FLOAT32: 32, WEIGHTS_INT8: 8, WEIGHTS_INT4: 4}[form.kind]
-        matrix = Matrix(
-            kind=form.kind,
-            rows=rows,
-            cols=cols,
-            group=group,
-            padded_cols=padded,
-            factor=factor,
-            weights=pointer(self._arena.take(panels * PANEL * padded * bits // 8)),
-        )
-        num_scale_bytes = panels * PANEL * (padded // group) * 2
-        if form.kind != WEIGHTS_FLOAT32:
-            matrix.scales = pointer(self._arena.take(num_scale_bytes))
-        if form.kind == WEIGHTS_INT4:
-            matrix.minima = pointer(self._arena.take(num_scale_bytes))
-        if bias is not None:
-            matrix.bias = pointer(self._arena.keep(bias.to(torch.float32)))
-        return matrix
-
-
-def _factor(largest: float, form: Form) -> float:
-    """Return the power of two in whose units the largest scale is near the top of float16.
-
-    Rows of one matrix may differ by much; what is left below is for the small ones.
-    """
-    if largest == 0:
-        return 1.0
-    bits = 15 if form.kind == WEIGHTS_INT4 else 22  # int8: largest / 127; int4: the minima
-    return 2.0 ** (math.frexp(largest)[1] - bits)
-
-
 class Rotation:
     """A fixed random rotation of the residual stream, and what it does to weights.
 
@@ -162,14 +95,95 @@ class Rotation:
             signs=pointer(arena.keep(signs)),
         )
 
-    def inputs(self, weight: Tensor) -> Tensor:
-        """Return W Qᵀ for W [rows, size]: a product that takes rotated rows."""
-        rotated = weight.to(torch.float32, copy=True).contiguous()
+    def rows(self, values: Tensor) -> Tensor:
+        """Return float32 rows [N, size], each of them rotated."""
+        rotated = values.to(torch.float32, copy=True).contiguous()
         self._library.rotate(self.table, rotated)
         return rotated
 
-    def outputs(self, weight: Tensor) -> Tensor:
-        """Return Q W for W [size, cols] or [size]: a product that gives rotated rows."""
-        if weight.dim() == 1:
-            return self.inputs(weight[None])[0]
-        return self.inputs(weight.T).T
+
+class Packer:
+    """Turns tensors into matrices in an arena."""
+
+    def __init__(self, library: Library, arena: Arena) -> None:
+        self._library = library
+        self._arena = arena
+        self._work = torch.empty(0)
+
+    def pack(
+        self,
+        values: Tensor,
+        form: Form,
+        bias: Tensor | None = None,
+        *,
+        columns: Tensor | None = None,
+        inputs: Rotation | None = None,
+        outputs: Rotation | None = None,
+    ) -> Matrix:
+        """Quantise values W [rows, cols], of a dtype in SOURCE_KINDS.
+
+        First each column is multiplied by a float32 factor in `columns` [cols], and then W becomes
+        W Qᵀ of the rotation of its `inputs`, or Q W of that of its `outputs`; a bias is taken as it
+        is. Raises WeightsError if the values are not finite.
+        """
+        rows, cols = values.shape
+        values = values.contiguous()
+        source = Source(
+            kind=SOURCE_KINDS[values.dtype], rows=rows, cols=cols, values=pointer(values)
+        )
+        if columns is not None:
+            source.columns = pointer(columns)
+        if inputs is not None:
+            source.inputs = ctypes.pointer(inputs.table)
+        if outputs is not None:
+            source.outputs = ctypes.pointer(outputs.table)
+        matrix = self._allocate(rows, cols, form, bias)
+        if not self._library.pack_weights(matrix, source, self._work_space(rows, cols)):
+            raise WeightsError(f"a matrix of {rows} x {cols} weights has some that are not finite")
+        return matrix
+
+    def _work_space(self, rows: int, cols: int) -> Tensor:
+        """Return room for a matrix's values, the same from matrix to matrix: pages cost time."""
+        size = (-(-rows // PANEL) * PANEL) * (-(-cols // PANEL) * PANEL)
+        if size > self._work.numel():
+            self._work = torch.empty(0)  # lets go of the old one before there is a new one
+            self._work = torch.from_numpy(np.empty(size, dtype=np.float32))
+        return self._work
+
+    def repack(self, packed: PackedTensor, bias: Tensor | None = None) -> Matrix:
+        """Take over GGUF's blocks, of a type in BLOCK_TYPES, without changing their codes."""
+        rows, cols = packed.shape
+        form = INT8_BY_32 if packed.type == "Q8_0" else INT4
+        matrix = self._allocate(rows, cols, form, bias)
+        source_rows = None
+        if packed.num_heads is not None:
+            order = torch.arange(rows, dtype=torch.int32).view(packed.num_heads, -1, 2)
+            source_rows = order.transpose(1, 2).contiguous().flatten()
+        blocks = np.ascontiguousarray(packed.blocks)
+        self._library.pack_blocks(
+            matrix, BLOCK_TYPES[packed.type], blocks.ctypes.data, blocks.shape[1], source_rows
+        )
+        return matrix
+
+    def _allocate(self, rows: int, cols: int, form: Form, bias: Tensor | None) -> Matrix:
+        group = form.group or -(-cols // 4) * 4
+        padded = cols if form.kind == WEIGHTS_FLOAT32 else -(-cols // group) * group
+        panels = -(-rows // PANEL)
+        bits = {WEIGHTS_FLOAT32: 32, WEIGHTS_INT8: 8, WEIGHTS_INT4: 4}[form.kind]
+        matrix = Matrix(
+            kind=form.kind,
+            rows=rows,
+            cols=cols,
+            group=group,
+            padded_cols=padded,
+            factor=1.0,
+            weights=pointer(self._arena.take(panels * PANEL * padded * bits // 8)),
+        )
+        num_scale_bytes = panels * PANEL * (padded // group) * 2
+        if form.kind != WEIGHTS_FLOAT32:
+            matrix.scales = pointer(self._arena.take(num_scale_bytes))
+        if form.kind == WEIGHTS_INT4:
+            matrix.minima = pointer(self._arena.take(num_scale_bytes))
+        if bias is not None:
+            matrix.bias = pointer(self._arena.keep(bias.to(torch.float32)))
+        return matrix

@@ -216,7 +216,7 @@ class _Loader:
     def _table(self, name: str) -> Matrix:
         """The embedding or the head: both read and write the residual stream row by row."""
         if self.rotation is not None:
-            return self._packer.pack(self.rotation.inputs(self._weights.read(name)), INT8)
+            return self._packer.pack(self._weights.read(name), INT8, inputs=self.rotation)
         return self._plain(name, None, INT8_BY_32)
 
     def _reader(self, name: str, norm: str, has_bias: bool) -> Matrix:
@@ -224,27 +224,27 @@ class _Loader:
         bias = self._weights.read(name + ".bias") if has_bias else None
         if self.rotation is None:
             return self._plain(name + ".weight", bias, INT4)
-        weight = self._weights.read(name + ".weight").to(torch.float32)
-        weight = weight * self._weights.read(norm).to(torch.float32)
-        return self._packer.pack(self.rotation.inputs(weight), INT8, bias)
+        weight = self._weights.read(name + ".weight")
+        factors = self._weights.read(norm).to(torch.float32)
+        return self._packer.pack(weight, INT8, bias, columns=factors, inputs=self.rotation)
 
     def _writer(self, name: str, has_bias: bool) -> Matrix:
         """A projection that adds to the stream. Its own inputs are not rotated, hence groups."""
-        bias = self._weights.read(name + ".bias").to(torch.float32) if has_bias else None
+        bias = self._weights.read(name + ".bias") if has_bias else None
         if self.rotation is None:
             return self._plain(name + ".weight", bias, INT4)
-        weight = self.rotation.outputs(self._weights.read(name + ".weight"))
-        rotated_bias = None if bias is None else self.rotation.outputs(bias)
-        return self._packer.pack(weight, INT8_BY_64, rotated_bias)
+        weight = self._weights.read(name + ".weight")
+        rotated_bias = None if bias is None else self.rotation.rows(bias[None])[0]
+        return self._packer.pack(weight, INT8_BY_64, rotated_bias, outputs=self.rotation)
 
     def _plain(self, name: str, bias: Tensor | None, int4_form: Form) -> Matrix:
         if self._scheme == "none":
-            return self._packer.pack(self._weights.read(name).to(torch.float32), FLOAT32, bias)
+            return self._packer.pack(self._weights.read(name), FLOAT32, bias)
         packed = self._weights.packed(name)
         if packed is not None and packed.type in BLOCK_TYPES:
             return self._packer.repack(packed, bias)
         form = INT8_BY_32 if packed is not None else int4_form
-        return self._packer.pack(self._weights.read(name).to(torch.float32), form, bias)
+        return self._packer.pack(self._weights.read(name), form, bias)
 
 
 def _kv_pool(config: ModelConfig, num_tiles: int, dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,12 @@
 
 #define PANEL 16 /* rows of a weight matrix that lie side by side */
 #define TILE 16  /* tokens of a K/V tile */
+#define BLOCK (PANEL * PANEL)
 #define MAX_HEAD_DIM 256
 #define INT4_GROUP 32 /* the smallest group that there is */
 
 enum { WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 };
+enum { SOURCE_FLOAT32, SOURCE_FLOAT16, SOURCE_BFLOAT16 };
 enum { KV_FLOAT32, KV_FLOAT16, KV_INT8 };
 #define SCALE_BYTES 4 /* behind a head's codes in a tile, where K/V are int8: a scale a token */
 
@@ -44,6 +46,24 @@ typedef struct {
     const float *mixing;  /* O [odd, odd] */
     const float *signs;   /* [size], +1 or -1 */
 } Rotation;
+
+/* A matrix W of a file, and what is done to it before it is packed. */
+typedef struct {
+    int32_t kind; /* SOURCE_... */
+    int32_t rows, cols;
+    const void *values;       /* [rows, cols] */
+    const float *columns;     /* [cols] factors, or none */
+    const Rotation *inputs;   /* W becomes W Q^T: a product that takes rotated rows; or none */
+    const Rotation *outputs;  /* W becomes Q W: a product that gives them; at most one of the two */
+} Source;
+
+/* Float32 values in blocks [16 columns][16 rows] at panel * panel_stride + tile * tile_stride,
+ * a panel 16 rows and a tile 16 columns of the matrix; zero where it has no such row or column. */
+typedef struct {
+    float *values;
+    int32_t num_panels, num_tiles;
+    size_t panel_stride, tile_stride;
+} Blocks;
 
 typedef struct {
     int32_t num_layers, hidden_size, intermediate_size, vocab_size;
@@ -112,9 +132,13 @@ void swiglu(Pool *pool, float *gate_up, int32_t size, int32_t num_rows);
 /* rotate.c */
 void rotate_rows(Pool *pool, const Rotation *rotation, float *rows, int32_t num_rows);
 void unrotate_rows(Pool *pool, const Rotation *rotation, float *rows, int32_t num_rows);
+void rotate_columns(const Rotation *rotation, float *columns);
+
+/* read.c */
+float read_weights(Pool *pool, const Source *source, Blocks *blocks);
 
 /* pack.c */
-void pack_values(Pool *pool, const Matrix *matrix, const float *values);
+int32_t pack_weights(Pool *pool, Matrix *matrix, const Source *source, float *work);
 void pack_blocks(Pool *pool, const Matrix *matrix, int32_t block_type, const uint8_t *blocks,
                  int32_t row_bytes, const int32_t *source_rows);
 void unpack_row(const Matrix *matrix, int32_t row, float *to);

@@ -21,7 +21,7 @@
 
 typedef struct {
     const Matrix *matrix; /* its buffers are written */
-    const float *values;  /* [rows, cols] */
+    const Blocks *values;
     const uint8_t *blocks;
     const int32_t *source_rows; /* where in the file a row lies, or none */
     int32_t block_type, row_bytes;
@@ -42,83 +42,117 @@ INLINE void put_int4(const Matrix *m, int32_t row, int32_t group, const uint8_t 
         to[i / 4 * 64 + row % PANEL * 4 + i % 4] = (uint8_t)(codes[i] | codes[i + 16] << 4);
 }
 
+/* Columns of a group that the matrix has; the others pad it. */
+INLINE int32_t group_size(const Matrix *m, int32_t group) {
+    int32_t left = m->cols - group * m->group;
+    return left < m->group ? left : m->group;
+}
+
 INLINE size_t scale_place(const Matrix *m, int32_t row, int32_t group) {
     size_t groups = (size_t)m->padded_cols / m->group;
     return ((size_t)(row / PANEL) * groups + group) * PANEL + row % PANEL;
 }
 
-INLINE int32_t rounded(float x, int32_t least, int32_t most) {
-    int32_t code = (int32_t)lrintf(x);
-    return code < least ? least : code > most ? most : code;
-}
-
-static void group_to_int8(const Matrix *m, int32_t row, int32_t group, const float *x,
-                          int32_t size) {
-    int8_t codes[m->group];
-    float most = 0;
-    for (int32_t i = 0; i < size; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-    uint16_t half = float_to_half(most / 127.0f / m->factor);
-    float scale = half_to_float(half) * m->factor;
-    memset(codes, 0, sizeof codes);
-    for (int32_t i = 0; i < size && scale > 0; i++)
-        codes[i] = (int8_t)rounded(x[i] / scale, -127, 127);
-    ((uint16_t *)m->scales)[scale_place(m, row, group)] = half;
-    put_int8(m, row, group, codes);
-}
-
-/* Squared error of a group with codes over low ... low + 15 * step; writes the codes. */
-static float try_int4(const float *x, int32_t size, float low, float step, uint8_t *codes) {
-    float error = 0;
-    for (int32_t i = 0; i < size; i++) {
-        int32_t code = step > 0 ? rounded((x[i] - low) / step, 0, 15) : 0;
-        float off = x[i] - (low + step * (float)code);
-        codes[i] = (uint8_t)code;
-        error += off * off;
+/* Round to float16: write the halves, and leave in x what they stand for. */
+INLINE void halve(vf *x, uint16_t *halves) {
+    for (int32_t i = 0; i < LANES; i++) {
+        halves[i] = float_to_half((*x)[i]);
+        (*x)[i] = half_to_float(halves[i]);
     }
-    return error;
+}
+
+INLINE vf column_of(const Blocks *b, int32_t panel, int32_t lane, int32_t column) {
+    size_t at = (size_t)panel * b->panel_stride + (size_t)(column / PANEL) * b->tile_stride;
+    return load(b->values + at + (size_t)(column % PANEL) * PANEL + lane);
+}
+
+/* Codes of LANES rows in one column; 0 in a row whose step is 0. */
+INLINE vi codes_of(vf x, vf low, vf step, float least, float most) {
+    vf code = (x - low) / choose(step > 0, step, broadcast(INFINITY));
+    return nearest(larger(broadcast(least), smaller(code, broadcast(most))));
+}
+
+/* A group in LANES rows of a panel, from row `lane` on. */
+static void group_to_int8(const Matrix *m, const Blocks *b, int32_t panel, int32_t lane,
+                          int32_t group) {
+    int32_t first = group * m->group, size = group_size(m, group);
+    vf most = {0};
+    for (int32_t i = 0; i < size; i++)
+        most = larger(magnitude(column_of(b, panel, lane, first + i)), most);
+    vf scale = most / 127.0f / m->factor;
+    halve(&scale, (uint16_t *)m->scales + scale_place(m, panel * PANEL + lane, group));
+    scale *= m->factor;
+    uint8_t *to = (uint8_t *)m->weights + (size_t)panel * m->padded_cols * PANEL +
+                  (size_t)first * PANEL + lane * 4;
+    for (int32_t i = 0; i < m->group; i += 4) {
+        vi word = {0};
+        for (int32_t k = 0; k < 4 && i + k < size; k++) {
+            vf x = column_of(b, panel, lane, first + i + k);
+            word |= (codes_of(x, broadcast(0), scale, -127, 127) & 255) << 8 * k;
+        }
+        word ^= (int32_t)(STORED(0) * 0x01010101u);
+        memcpy(to + (size_t)i * PANEL, &word, sizeof word);
+    }
 }
 
 /* A group's range is drawn in a little where that brings the many nearer than it moves the few. */
-static void group_to_int4(const Matrix *m, int32_t row, int32_t group, const float *x,
-                          int32_t size) {
-    uint8_t codes[INT4_GROUP] = {0}, best[INT4_GROUP] = {0};
-    float low = 0, high = 0, least_error = INFINITY;
-    uint16_t best_scale = 0, best_minimum = 0;
+static void group_to_int4(const Matrix *m, const Blocks *b, int32_t panel, int32_t lane,
+                          int32_t group) {
+    int32_t size = group_size(m, group);
+    vf x[INT4_GROUP], best_low = {0}, best_step = {0}, least = broadcast(INFINITY);
+    vf low = broadcast(INFINITY), high = broadcast(-INFINITY);
+    uint16_t *scales = (uint16_t *)m->scales + scale_place(m, panel * PANEL + lane, group);
+    uint16_t *minima = (uint16_t *)m->minima + scale_place(m, panel * PANEL + lane, group);
     for (int32_t i = 0; i < size; i++) {
-        low = i == 0 || x[i] < low ? x[i] : low;
-        high = i == 0 || x[i] > high ? x[i] : high;
+        x[i] = column_of(b, panel, lane, group * INT4_GROUP + i);
+        low = smaller(x[i], low), high = larger(x[i], high);
     }
-    float middle = 0.5f * (low + high), reach = 0.5f * (high - low);
+    vf middle = 0.5f * (low + high), reach = 0.5f * (high - low);
     for (int32_t trial = 0; trial < 8; trial++) {
-        float half_width = reach * (1.0f - 0.04f * (float)trial);
-        uint16_t scale = float_to_half(half_width * 2.0f / 15.0f / m->factor);
-        uint16_t minimum = float_to_half((middle - half_width) / m->factor);
-        float error = try_int4(x, size, half_to_float(minimum) * m->factor,
-                               half_to_float(scale) * m->factor, codes);
-        if (error < least_error) {
-            least_error = error;
-            best_scale = scale, best_minimum = minimum;
-            memcpy(best, codes, sizeof best);
+        vf half_width = reach * (1.0f - 0.04f * (float)trial), error = {0};
+        vf step = half_width * 2.0f / 15.0f / m->factor, minimum = (middle - half_width) / m->factor;
+        uint16_t step_halves[LANES], minimum_halves[LANES];
+        halve(&step, step_halves);
+        halve(&minimum, minimum_halves);
+        step *= m->factor, minimum *= m->factor;
+        for (int32_t i = 0; i < size; i++) {
+            vi code = codes_of(x[i], minimum, step, 0, 15);
+            vf off = x[i] - (minimum + step * __builtin_convertvector(code, vf));
+            error += off * off;
         }
+        vi is_better = error < least;
+        least = choose(is_better, error, least);
+        best_low = choose(is_better, minimum, best_low);
+        best_step = choose(is_better, step, best_step);
+        for (int32_t i = 0; i < LANES; i++)
+            if (is_better[i]) scales[i] = step_halves[i], minima[i] = minimum_halves[i];
     }
-    ((uint16_t *)m->scales)[scale_place(m, row, group)] = best_scale;
-    ((uint16_t *)m->minima)[scale_place(m, row, group)] = best_minimum;
-    put_int4(m, row, group, best);
+    size_t groups = (size_t)m->padded_cols / INT4_GROUP;
+    uint8_t *to = (uint8_t *)m->weights + ((size_t)panel * groups + group) * 256 + lane * 4;
+    for (int32_t quad = 0; quad < 4; quad++) {
+        vi word = {0};
+        for (int32_t k = 0; k < 8; k++) { /* nibble k of a word: column k / 2, + 16 where odd */
+            int32_t i = quad * 4 + k / 2 + k % 2 * 16;
+            if (i < size) word |= codes_of(x[i], best_low, best_step, 0, 15) << 4 * k;
+        }
+        memcpy(to + quad * 64, &word, sizeof word);
+    }
 }
 
-static void pack_values_row(void *context, int32_t row) {
+static void pack_panel(void *context, int32_t panel) {
     const Pack *job = context;
     const Matrix *m = job->matrix;
-    const float *x = job->values + (size_t)row * m->cols;
-    if (m->kind == WEIGHTS_FLOAT32) {
-        float *to = (float *)m->weights + (size_t)(row / PANEL) * m->cols * PANEL + row % PANEL;
-        for (int32_t i = 0; i < m->cols; i++) to[(size_t)i * PANEL] = x[i];
-        return;
-    }
-    for (int32_t first = 0; first < m->padded_cols; first += m->group) {
-        int32_t left = m->cols - first, size = left < m->group ? (left > 0 ? left : 0) : m->group;
-        if (m->kind == WEIGHTS_INT8) group_to_int8(m, row, first / m->group, x + first, size);
-        else group_to_int4(m, row, first / m->group, x + first, size);
+    const Blocks *b = job->values;
+    for (int32_t lane = 0; lane < PANEL; lane += LANES) {
+        if (m->kind == WEIGHTS_FLOAT32) {
+            float *to = (float *)m->weights + (size_t)panel * m->cols * PANEL + lane;
+            for (int32_t i = 0; i < m->cols; i++)
+                store(to + (size_t)i * PANEL, column_of(b, panel, lane, i));
+            continue;
+        }
+        for (int32_t group = 0; group < m->padded_cols / m->group; group++)
+            if (m->kind == WEIGHTS_INT8) group_to_int8(m, b, panel, lane, group);
+            else group_to_int4(m, b, panel, lane, group);
     }
 }
 
@@ -178,10 +212,28 @@ static void pack_blocks_row(void *context, int32_t row) {
     }
 }
 
-/* Fill a matrix from float32 values [rows, cols]; its buffers come zeroed. */
-void pack_values(Pool *pool, const Matrix *matrix, const float *values) {
-    Pack job = {.matrix = matrix, .values = values};
-    parallel_for(pool, pack_values_row, &job, matrix->rows);
+/* The power of two in whose units the largest scale is near the top of float16.
+ *
+ * Rows of one matrix may differ by much; what is left below is for the small ones. */
+static float choose_factor(int32_t kind, float largest) {
+    int32_t exponent;
+    if (kind == WEIGHTS_FLOAT32 || largest == 0) return 1;
+    frexpf(largest, &exponent);
+    exponent -= kind == WEIGHTS_INT4 ? 15 : 22; /* int8: largest / 127; int4: the minima */
+    return ldexpf(1, exponent < -126 ? -126 : exponent);
+}
+
+/* Fill a matrix and choose its factor; its buffers come zeroed. `work` has room for the values as
+ * float32, rows and columns up to multiples of 16. Return 0 if it cannot be quantised, as some
+ * weights are not finite. */
+int32_t pack_weights(Pool *pool, Matrix *matrix, const Source *source, float *work) {
+    Blocks blocks = {.values = work};
+    float largest = read_weights(pool, source, &blocks);
+    if (matrix->kind != WEIGHTS_FLOAT32 && !isfinite(largest)) return 0;
+    matrix->factor = choose_factor(matrix->kind, largest);
+    Pack job = {.matrix = matrix, .values = &blocks};
+    parallel_for(pool, pack_panel, &job, blocks.num_panels);
+    return 1;
 }
 
 /* Fill a matrix from GGUF blocks, bit for bit but for the scales of Q4_K, which are products. */

@@ -24,11 +24,29 @@
 
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 
 INLINE vf load(const float *from) { vf v; memcpy(&v, from, sizeof v); return v; }
 INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
 INLINE vf broadcast(float x) { return x - (vf){0}; }
-INLINE vf larger(vf a, vf b) { vi is_a = a > b; return (vf)(((vi)a & is_a) | ((vi)b & ~is_a)); }
+INLINE vf choose(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
+INLINE vf smaller(vf a, vf b) { return choose(a < b, a, b); }
+INLINE vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+/* The first `count` of a vector, as far as it has them; the others are 0. */
+INLINE vf load_some(const float *from, int32_t count) {
+    if (count >= LANES) return load(from);
+    vf v = {0};
+    memcpy(&v, from, (size_t)count * sizeof(float));
+    return v;
+}
+
+INLINE void store_some(float *to, vf v, int32_t count) {
+    if (count >= LANES) store(to, v);
+    else memcpy(to, &v, (size_t)count * sizeof(float));
+}
 
 INLINE vf fma_(vf a, vf b, vf c) {
 #if LANES == 16
@@ -93,6 +111,12 @@ INLINE vf load_half(const uint16_t *from) {
 #endif
 }
 
+INLINE vf load_bfloat(const uint16_t *from) {
+    vh v;
+    memcpy(&v, from, sizeof v);
+    return (vf)(__builtin_convertvector(v, vu) << 16);
+}
+
 INLINE vf load_codes(const int8_t *from) {
 #if LANES == 16
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
@@ -104,6 +128,9 @@ INLINE vf load_codes(const int8_t *from) {
     return v;
 #endif
 }
+
+/* The nearest integers, ties to even, of |x| < 2^22: adding 1.5 * 2^23 leaves them in the low bits. */
+INLINE vi nearest(vf x) { return (vi)(x + broadcast(12582912.0f)) - 0x4b400000; }
 
 /* e^x for x <= 0, within 2 ulp; 0 below -87. 2^n times a polynomial in the fraction (Cephes' expf). */
 INLINE vf exp_negative(vf x) {

@@ -9,8 +9,17 @@ from pathlib import Path
 
 import torch
 
-from model.cpu.library import Library
-from model.cpu.matrices import FLOAT32, INT4, INT8, INT8_BY_32, INT8_BY_64, Arena, Packer
+from model.cpu.library import SOURCE_KINDS, Library
+from model.cpu.matrices import (
+    FLOAT32,
+    INT4,
+    INT8,
+    INT8_BY_32,
+    INT8_BY_64,
+    Arena,
+    Packer,
+    Rotation,
+)
 from model.cpu.network import Quantization
 from tests.model.cpu.drive import load_native, multiply, quantize, unpack
 from tests.model.cpu.test_network import WIDTHS, prompt_of
@@ -41,6 +50,29 @@ def check_products(library: Library) -> None:
             assert torch.allclose(multiply(library, rows, [matrix], 7), expected, atol=1e-3)
 
 
+def check_reading(library: Library) -> None:
+    """Weights of each dtype, scaled and rotated; none is read beyond the end of its memory."""
+    arena = Arena()
+    packer = Packer(library, arena)
+    for size in (1, 20, 172, 576):
+        rotation = Rotation(library, arena, size, seed=1)
+        q = rotation.rows(torch.eye(size)).T
+        for dtype in SOURCE_KINDS:
+            for count in (3, 37):
+                reader, writer = torch.randn(count, size), torch.randn(size, count)
+                reader, writer, norm = reader.to(dtype), writer.to(dtype), torch.randn(size)
+                cases = (
+                    (packer.pack(reader, FLOAT32), reader.float()),
+                    (
+                        packer.pack(reader, FLOAT32, columns=norm, inputs=rotation),
+                        reader.float() * norm @ q.T,
+                    ),
+                    (packer.pack(writer, FLOAT32, outputs=rotation), q @ writer.float()),
+                )
+                for matrix, expected in cases:
+                    assert torch.allclose(unpack(library, matrix), expected, atol=1e-4)
+
+
 def check_networks(library: Library) -> None:
     for overrides in ({}, {"attention_bias": True, "mlp_bias": True}, *WIDTHS.values()):
         with tempfile.TemporaryDirectory() as folder:
@@ -63,5 +95,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     loaded = Library(Path(sys.argv[1]), 2)
     check_products(loaded)
+    check_reading(loaded)
     check_networks(loaded)
     sys.stdout.write("all equal\n")

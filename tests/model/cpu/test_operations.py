@@ -148,14 +148,49 @@ def test_norm_and_activation_equal_torch(library, size):
 @pytest.mark.parametrize("size", [8, 96, 172, 576, 2048])
 def test_rotation_is_orthogonal_and_spreads_an_outlier(library, size):
     rotation = Rotation(library, Arena(), size, seed=1)
-    identity = rotation.inputs(torch.eye(size))
+    identity = rotation.rows(torch.eye(size))
     assert torch.allclose(identity @ identity.T, torch.eye(size), atol=1e-5)
     assert identity.abs().max() < 0.9
     x = noise(3, size)
-    back = rotation.inputs(x)
+    back = rotation.rows(x)
     library.unrotate(rotation.table, back)
     assert torch.allclose(back, x, atol=1e-5)
-    weight = noise(11, size, seed=2)
-    assert torch.allclose(rotation.inputs(weight) @ rotation.inputs(x).T, weight @ x.T, atol=1e-3)
-    writer = noise(size, 7, seed=3)
-    assert torch.allclose(rotation.outputs(writer).T, rotation.inputs(writer.T.contiguous()))
+
+
+@pytest.mark.parametrize("size", [8, 96, 172, 576, 2048])
+def test_weights_are_scaled_and_rotated_while_they_are_packed(library, packer, size):
+    rotation = Rotation(library, Arena(), size, seed=1)
+    q = rotation.rows(torch.eye(size)).T
+    for count in (7, 37):
+        reader, writer, norm = noise(count, size), noise(size, count), noise(size, seed=1)
+        matrix = packer.pack(reader, FLOAT32, columns=norm, inputs=rotation)
+        assert torch.allclose(unpack(library, matrix), reader * norm @ q.T, atol=1e-4)
+        matrix = packer.pack(writer, FLOAT32, outputs=rotation)
+        assert torch.allclose(unpack(library, matrix), q @ writer, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "cols"), SIZES)
+def test_every_dtype_of_a_file_keeps_its_values(library, packer, dtype, rows, cols):
+    weight = noise(rows, cols).to(dtype)
+    weight[0, 0] = torch.finfo(dtype).smallest_normal / 2  # is not flushed to zero
+    matrix = packer.pack(weight, FLOAT32)
+    assert torch.equal(unpack(library, matrix), weight.to(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_weights_that_are_not_finite_are_refused_when_rotated(library, packer, dtype, bad, side):
+    rotation = Rotation(library, Arena(), 64, seed=1)
+    weight = noise(64, 64).to(dtype)
+    weight[63, 5] = bad
+    with pytest.raises(WeightsError, match="64 x 64 weights has some that are not finite"):
+        packer.pack(weight, INT8, **{side: rotation})
+
+
+def test_smallest_and_largest_weights_there_are_can_be_quantised(library, packer):
+    for size in (1e-44, 1e-38, 1e38):
+        weight = noise(16, 64).clamp(-3, 3) * size
+        stored = unpack(library, packer.pack(weight, INT8))
+        assert (stored - weight).abs().max() <= weight.abs().max() * max(0.004, 1e-43 / size)
