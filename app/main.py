@@ -1,12 +1,15 @@
 """Runs the server: bind, load, serve, drain. The wiring that `arriero serve` stands on."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import resource
+import signal
 import socket
 import sys
 import time
+from collections.abc import Generator
 from types import FrameType, TracebackType
 
 import uvicorn
@@ -16,6 +19,7 @@ from app.api.connections import EdgeConfig
 from app.cli import Command
 from app.engine.client import EngineClient
 from app.engine.engine import Engine, EngineOptions
+from app.engine.watchdog import Verdict, Watchdog
 from app.factory import create_app
 from app.serving.context import ServingContext
 from app.serving.metrics import RequestMetrics
@@ -59,8 +63,9 @@ def serve(command: Command) -> int:
         logger.info("%s", line)
     _log_ready(listener, settings, context, time.monotonic() - started_s)
     config = EdgeConfig(app, settings)
-    DrainingServer(config, context.engine, settings.shutdown_timeout_s).run(sockets=[listener])
-    return 0 if context.engine.is_draining else 1
+    server = DrainingServer(config, context.engine, settings.shutdown_timeout_s)
+    server.run(sockets=[listener])
+    return 1 if server.has_failed else 0
 
 
 def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
@@ -81,8 +86,11 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
             added_tokens=tokenizer.added_tokens,
         )
         ends.update(end_of_turn_ids(source, tokenizer))
+    keys = command.server.keys()
     options = EngineOptions(
-        enable_prefix_caching=command.enable_prefix_caching, speculation=command.speculation
+        enable_prefix_caching=command.enable_prefix_caching,
+        speculation=command.speculation,
+        tenant_weights={key.name: key.weight for key in keys},
     )
     engine = Engine(loaded.runner, options)
     return ServingContext(
@@ -125,14 +133,33 @@ def plan_lines(info: ModelInfo) -> list[str]:
 
 
 class DrainingServer(uvicorn.Server):
-    """Uvicorn that drains: on a signal it stops being ready, then waits, then says so."""
+    """Uvicorn that drains on a signal, and leaves when the engine cannot go on."""
 
     def __init__(
         self, config: uvicorn.Config, engine: EngineClient, drain_timeout_s: float
     ) -> None:
         super().__init__(config)
         self._engine = engine
+        self._watchdog = Watchdog(engine)
         self._drain_timeout_s = drain_timeout_s
+        self.has_failed = False
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after the engine ten times a second; return whether to leave."""
+        if self._watchdog.look() is Verdict.LEAVE:
+            self.has_failed = True
+            return True
+        return await super().on_tick(counter)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Take the signals, and ignore them after: the process is about to end as it should."""
+        numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            signal.signal(number, self.handle_exit)
+        yield
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Stop at the first signal, leave at once at the second; neither is an error."""
@@ -142,6 +169,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests finish before connections are closed."""
+        self._watchdog.stop()
         draining = asyncio.ensure_future(self._engine.drain(self._drain_timeout_s))
         while not draining.done() and not self.force_exit:
             await asyncio.wait({draining}, timeout=0.1)

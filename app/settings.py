@@ -18,10 +18,14 @@ _KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,1024}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """A key and the name of who holds it; only the name is ever shown."""
+    """A key and the name of who holds it; only the name is ever shown.
+
+    Of what keys compete for, one of weight 2 is due twice as much as one of weight 1.
+    """
 
     name: str
     key: str = field(repr=False)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +78,10 @@ def read_environment() -> Environment:
 
 
 def read_api_keys(path: Path) -> tuple[ApiKey, ...]:
-    """Read a TOML file with a table a key: `[alice]`, `key = "..."`. Raises ConfigError."""
+    """Read a TOML file with a table a key: `[alice]`, `key = "..."`, and if need be `weight = 2`.
+
+    Raises ConfigError.
+    """
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -86,14 +93,17 @@ def read_api_keys(path: Path) -> tuple[ApiKey, ...]:
         where = f"--api-key-file {path}: [{name}]"
         if not _KEY_NAME.fullmatch(name):
             raise ConfigError(f"{where}: a name is 1 to 64 letters, digits and ._-")
-        if not isinstance(table, dict) or set(table) != {"key"}:
-            raise ConfigError(f"{where}: needs one field, key")
+        if not isinstance(table, dict) or not {"key"} <= set(table) <= {"key", "weight"}:
+            raise ConfigError(f"{where}: needs a field key, may have weight, and nothing else")
+        weight = table.get("weight", 1.0)
+        if type(weight) not in (int, float) or not 0.01 <= weight <= 1000:
+            raise ConfigError(f"{where}: a weight is a number from 0.01 to 1000")
         key = table["key"]
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise ConfigError(f"{where}: a key is 1 to 1024 characters without spaces")
         if key in keys:
             raise ConfigError(f"{where}: has the key of [{keys[key].name}]")
-        keys[key] = ApiKey(name=name, key=key)
+        keys[key] = ApiKey(name=name, key=key, weight=float(weight))
     if not keys:
         raise ConfigError(f"--api-key-file {path}: holds no key")
     return tuple(keys.values())

@@ -68,16 +68,19 @@ def test_keys_come_from_flags_environment_and_file(tmp_path):
         (b"# nothing yet", "holds no key"),
         (b"alice: hidden", "is not TOML"),
         (b"[alice]\nkey = 'hidden\xff'", "is not TOML in UTF-8"),
-        (b"alice = 'hidden'", "needs one field"),
-        (b"[alice]", "needs one field"),
-        (b"[alice]\nkey = 'hidden'\nwieght = 1", "needs one field"),
+        (b"alice = 'hidden'", "needs a field key"),
+        (b"[alice]", "needs a field key"),
+        (b"[alice]\nkey = 'hidden'\nwieght = 1", "needs a field key"),
+        (b"[alice]\nkey = 'hidden'\nweight = 0", "a weight is"),
+        (b"[alice]\nkey = 'hidden'\nweight = nan", "a weight is"),
+        (b"[alice]\nkey = 'hidden'\nweight = true", "a weight is"),
         (b"[alice]\nkey = ''", "without spaces"),
         (b"[alice]\nkey = 'hidden '", "without spaces"),
         (b"[alice]\nkey = 5", "without spaces"),
         (b"[alice]\nkey = 'hidden'\n[bob]\nkey = 'hidden'", "has the key of"),
         (b"['al\\nice']\nkey = 'hidden'", "a name is"),
     ],
-    ids=range(12),
+    ids=range(15),
 )
 def test_key_file_that_cannot_be_meant_is_refused_and_no_key_shown(tmp_path, content, message):
     path = tmp_path / "keys.toml"

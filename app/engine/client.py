@@ -23,6 +23,7 @@ class EngineRequest:
     constraints: tuple[TokenConstraint | None, ...] = ()  # empty, or one a choice
     priority: int = 0  # lower runs earlier, as in vLLM
     cache_salt: str = ""
+    tenant: str = ""  # whose share of the engine this is
     read_prefix_cache: bool = True
 
 

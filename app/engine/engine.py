@@ -7,8 +7,8 @@ back by one `call_soon_threadsafe`, however many requests they belong to.
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from app.engine.client import EngineRequest, EngineStats, SequenceOutput
@@ -16,6 +16,7 @@ from app.engine.drafts import NgramSpeculation
 from app.engine.loop import (
     CountCached,
     Delivery,
+    DeviceLost,
     Finish,
     FinishAll,
     Inbox,
@@ -40,6 +41,7 @@ class EngineOptions:
 
     enable_prefix_caching: bool = True
     speculation: NgramSpeculation | None = None
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)  # 1 where there is none
     max_num_queued_seqs: int = 1024  # waiting sequences beyond which Overloaded is raised
 
 
@@ -94,6 +96,7 @@ class Engine:
             runner.limits,
             enable_prefix_caching=options.enable_prefix_caching,
             speculation=options.speculation,
+            tenant_weights=options.tenant_weights,
         )
         if options.speculation is not None and runner.limits.max_inflight > 1:
             logger.warning("no speculation: this device works ahead of the tokens it would guess")
@@ -250,6 +253,8 @@ class Engine:
         for num_left in reversed(range(MAX_RECOVERIES + 1)):
             try:
                 self._step_loop.run()
+            except DeviceLost:
+                raise
             except Exception:
                 if not num_left:
                     raise

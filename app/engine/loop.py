@@ -17,7 +17,7 @@ from app.engine.client import EngineRequest, FinishReason, SequenceOutput
 from app.engine.planning import ScheduledStep, fill_masks
 from app.engine.request import Request
 from app.engine.scheduler import Scheduler, Update
-from model.step import Runner, StepHandle
+from model.step import NewRow, PlanRow, Runner, SamplingParams, StepHandle, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,10 @@ class Inbox:
 class _Inflight:
     step: ScheduledStep
     handle: StepHandle
+
+
+class DeviceLost(Exception):
+    """Not even a step of one token succeeds: only a new process can help."""
 
 
 class StepLoop:
@@ -240,7 +244,7 @@ class StepLoop:
         return self._address(self._scheduler.update(oldest.step, result))
 
     def _fail(self) -> list[Delivery]:
-        """Give up the steps in flight: one of them broke. Raises if none ever succeeds."""
+        """Give up the steps in flight: one of them broke. Raises DeviceLost if none can succeed."""
         logger.exception("a step failed")
         self._num_failed_in_a_row += 1
         broken = [inflight.step for inflight in self._inflight]
@@ -248,8 +252,32 @@ class StepLoop:
         deliveries = self._address(self._scheduler.fail(broken))
         if self._num_failed_in_a_row > self._max_failed_in_a_row:
             self._send(deliveries)
-            raise RuntimeError("no step succeeds any more")
+            deliveries = []
+            self._try_device()
+            self._num_failed_in_a_row = 0  # so requests are at fault, one after the other
         return deliveries
+
+    def _try_device(self) -> None:
+        """Run a step of one token that is nobody's. Raises DeviceLost if even that fails."""
+        self._scheduler.clear_rows()
+        sampling = SamplingParams(temperature=0.0, max_tokens=1)
+        row = NewRow(row=0, token_ids=(0,), num_prompt_tokens=1, sampling=sampling)
+        plan = StepPlan(
+            step_id=-1,
+            removed=tuple(range(self._runner.limits.max_num_seqs)),
+            added=(row,),
+            rows=(
+                PlanRow(
+                    row=0, start=0, num_tokens=1, new_block_ids=(0,), logits_from=0, sample=True
+                ),
+            ),
+        )
+        try:
+            (result,) = self._runner.collect(self._runner.launch(plan, lambda _: None)).rows
+        except Exception as error:
+            raise DeviceLost("no step succeeds any more") from error
+        if result.error is not None:
+            raise DeviceLost(result.error)
 
     def _check_progress(self) -> None:
         """Raise if requests are left but nothing can be planned, rather than spin for ever."""

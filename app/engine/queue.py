@@ -1,8 +1,9 @@
-"""Sequences that wait for a row, in the order in which they will get one."""
+"""Sequences that wait for a row: each tenant's in order, the tenant served least first."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+from app.engine.fairness import FairShares
 from app.engine.request import Sequence
 
 
@@ -11,24 +12,34 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 
 
 class WaitingQueue:
-    """First come, first served within a priority. A preempted sequence gets its old place back."""
+    """First come, first served within a tenant's priority; a preempted sequence keeps its place."""
 
-    def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
+    def __init__(self, shares: FairShares) -> None:
+        self._shares = shares
+        self._of_tenant: dict[str, list[Sequence]] = {}
+        self._length = 0
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return self._length
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
+        for sequences in self._of_tenant.values():
+            yield from sequences
 
     def push(self, sequence: Sequence) -> None:
-        insort(self._sequences, sequence, key=_order)
+        insort(self._of_tenant.setdefault(sequence.request.tenant, []), sequence, key=_order)
+        self._length += 1
 
     def peek(self) -> Sequence:
-        return self._sequences[0]
+        """Return who is next; tenants served alike take turns by arrival."""
+        heads = (sequences[0] for sequences in self._of_tenant.values())
+        return min(heads, key=lambda s: (self._shares.counter(s.request.tenant), s.order))
 
     def remove(self, sequence: Sequence) -> None:
-        place = bisect_left(self._sequences, sequence.order, key=_order)
-        assert self._sequences[place] is sequence
-        del self._sequences[place]
+        sequences = self._of_tenant[sequence.request.tenant]
+        place = bisect_left(sequences, sequence.order, key=_order)
+        assert sequences[place] is sequence
+        del sequences[place]
+        self._length -= 1
+        if not sequences:
+            del self._of_tenant[sequence.request.tenant]

@@ -98,6 +98,7 @@ class Request:
     priority: int
     root_key: Key
     cache_salt: str
+    tenant: str
     read_prefix_cache: bool
     sequences: list[Sequence] = field(default_factory=list)
 
@@ -110,6 +111,7 @@ def make_request(message: EngineRequest, arrival: int, root_key: Key) -> Request
         priority=message.priority,
         root_key=root_key,
         cache_salt=message.cache_salt,
+        tenant=message.tenant,
         read_prefix_cache=message.read_prefix_cache,
     )
     constraints = message.constraints or (None,) * len(message.sampling)

@@ -12,12 +12,13 @@ the last result. Knows no threads, tensors or text.
 
 import logging
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from app.engine.blocks import Block, BlockAllocator, BlockHasher
 from app.engine.client import EngineRequest, FinishReason, SequenceOutput
 from app.engine.drafts import Drafter, NgramSpeculation
+from app.engine.fairness import FairShares
 from app.engine.planning import OpenStep, ScheduledStep
 from app.engine.queue import WaitingQueue
 from app.engine.request import Request, Sequence, make_request
@@ -70,11 +71,14 @@ class Scheduler:
         *,
         enable_prefix_caching: bool = True,
         speculation: NgramSpeculation | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs
         self.limits = limits
         self.allocator = BlockAllocator(limits.num_blocks, limits.block_size)
-        self.waiting = WaitingQueue()
+        self._tenant_weights = tenant_weights or {}
+        self.shares = FairShares(self._tenant_weights)
+        self.waiting = WaitingQueue(self.shares)
         self.running: list[Sequence] = []  # by `Sequence.order`: the last is preempted first
         self.counters = SchedulerCounters()
         self._enable_prefix_caching = enable_prefix_caching
@@ -94,6 +98,7 @@ class Scheduler:
         request = make_request(message, self._num_requests, root_key)
         self._num_requests += 1
         for sequence in request.sequences:
+            self.shares.arrive(request.tenant)
             self.waiting.push(sequence)
         return request
 
@@ -105,6 +110,7 @@ class Scheduler:
         else:
             self._leave_row(sequence)
         sequence.finish_reason = reason
+        self.shares.leave(sequence.request.tenant)
 
     def count_cached(self, token_ids: tuple[int, ...], cache_salt: str) -> int:
         """Return how many tokens of a prompt would come from the prefix cache just now."""
@@ -124,6 +130,8 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step; None when no sequence can be advanced."""
+        if self.shares.is_contended:
+            self._make_way()
         num_decoding = sum(sequence.num_behind == 1 for sequence in self.running)
         step = OpenStep(self.limits.max_num_batched_tokens - num_decoding)
         trial = self._suspects.next_trial()
@@ -145,6 +153,8 @@ class Scheduler:
         self._removed_rows.clear()
         self.counters.num_steps += 1
         self.counters.num_scheduled_tokens += plan.num_tokens
+        for row, sequence in zip(step.rows, step.sequences, strict=True):
+            self.shares.serve(sequence.request.tenant, row.num_tokens)
         return ScheduledStep(
             plan=plan,
             sequences=step.sequences,
@@ -176,17 +186,50 @@ class Scheduler:
         cut: a long prompt never holds up the sequences that stream.
         """
         num_preemptions = self.counters.num_preemptions
-        for sequence in list(sequences):
+        sequences = list(sequences)
+        reserved = 0
+        if self.shares.is_contended:
+            sequences.sort(key=lambda s: self.shares.counter(s.request.tenant))  # else in order
+            reserved = self._reserve(step.budget)
+        for sequence in sequences:
             is_decoding = sequence.num_behind == 1
             if sequence.row is None or not sequence.num_behind:
                 continue
             self._extend_from_cache(sequence)
-            num_tokens = 1 if is_decoding else self._share(sequence, step.budget)
-            if num_tokens and self._make_room(sequence, num_tokens):
+            budget = max(0, step.budget - reserved)
+            num_tokens = 1 if is_decoding else self._share(sequence, budget)
+            if num_tokens and self._make_room(step, sequence, num_tokens):
                 if not is_decoding:
                     step.budget -= num_tokens
                 self._plan(step, sequence, num_tokens)
         return self.counters.num_preemptions > num_preemptions
+
+    def _make_way(self) -> None:
+        """Preempt who has more than its share of rows for a tenant that has less and waits."""
+        num_rows = self.limits.max_num_seqs
+        if not self.waiting or self._suspects.next_trial():
+            return
+        head = self.waiting.peek()
+        tenant = head.request.tenant
+        num_held = sum(sequence.request.tenant == tenant for sequence in self.running)
+        if num_held >= self.shares.rows_due(tenant, num_rows):
+            return
+        while not (self._free_rows and self._fits(head)):
+            over = self.shares.most_over((s.request.tenant for s in self.running), num_rows)
+            if over is None or over == tenant:
+                return
+            self._preempt(next(s for s in reversed(self.running) if s.request.tenant == over))
+
+    def _fits(self, sequence: Sequence) -> bool:
+        promised = sum(self._num_blocks_missing(running) for running in self.running)
+        return self.allocator.num_free - promised >= self._num_blocks_missing(sequence)
+
+    def _reserve(self, budget: int) -> int:
+        """Return what long prompts that run leave of a step to the tenant that waits, by weight."""
+        if not self.waiting or not self._free_rows:
+            return 0
+        head = self.waiting.peek()
+        return min(head.num_behind, self.shares.rows_due(head.request.tenant, budget))
 
     def _schedule_waiting(self, step: OpenStep) -> None:
         """Admit who waits, in order, as long as rows, budget and blocks for all its tokens last."""
@@ -369,14 +412,14 @@ class Scheduler:
         self.counters.num_preemptions += 1
         self.waiting.push(sequence)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _make_room(self, step: OpenStep, sequence: Sequence, num_tokens: int) -> bool:
         """Get blocks for more tokens, from the last in order if need be; False if that is itself.
 
-        Whoever comes later in order has not been planned yet, so nothing planned is undone.
+        Who is planned already is left alone.
         """
         end = sequence.num_computed_tokens + num_tokens
         while self.allocator.num_free < self._num_blocks(end) - len(sequence.blocks):
-            victim = self.running[-1]
+            victim = next(s for s in reversed(self.running) if s not in step.sequences)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -574,12 +617,18 @@ class Scheduler:
             Update(guilty, SequenceOutput(index=guilty.index, finish_reason="error", error=error))
         ]
 
+    def clear_rows(self) -> None:
+        """Have all rows removed in the next step: somebody else has used one. Nobody runs."""
+        assert not self.running
+        self._removed_rows = list(range(self.limits.max_num_seqs))
+
     def rebuilt(self, requests: Iterable[Request]) -> "Scheduler":
         """Return a new scheduler in place of a broken one: the same requests, from their tokens."""
         fresh = Scheduler(
             self.limits,
             enable_prefix_caching=self._enable_prefix_caching,
             speculation=self._speculation,
+            tenant_weights=self._tenant_weights,
         )
         fresh.counters = self.counters
         fresh._num_requests = self._num_requests
@@ -591,6 +640,7 @@ class Scheduler:
                     sequence.leave_row()
                     sequence.block_keys = []
                     sequence.is_suspect = False
+                    fresh.shares.arrive(request.tenant)
                     fresh.waiting.push(sequence)
         return fresh
 

@@ -73,9 +73,12 @@ async def prepare_chat(context: ServingContext, request: ChatRequest) -> Prepare
     )
 
 
-def start_chat(context: ServingContext, prepared: PreparedChat, request_id: str) -> "ChatAnswer":
+def start_chat(
+    context: ServingContext, prepared: PreparedChat, request_id: str, tenant: str
+) -> "ChatAnswer":
     """Submit. Raises ServerError if that cannot be."""
-    generation = Generation(context, prepared.request, request_id, [prepared.prompt])
+    prompts = [prepared.prompt]
+    generation = Generation(context, prepared.request, request_id, prompts, tenant=tenant)
     return ChatAnswer(context, prepared, request_id, generation)
 
 

@@ -71,10 +71,11 @@ async def prepare_completion(
 
 
 def start_completion(
-    context: ServingContext, prepared: PreparedCompletion, request_id: str
+    context: ServingContext, prepared: PreparedCompletion, request_id: str, tenant: str
 ) -> "CompletionAnswer":
     """Submit. Raises ServerError if that cannot be."""
-    generation = Generation(context, prepared.request, request_id, prepared.prompts)
+    prompts = prepared.prompts
+    generation = Generation(context, prepared.request, request_id, prompts, tenant=tenant)
     return CompletionAnswer(context, prepared, request_id, generation)
 
 

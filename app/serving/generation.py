@@ -82,8 +82,11 @@ class Generation:
         fields: SamplingFields,
         request_id: str,
         prompts: list[Prompt],
+        *,
+        tenant: str,
     ) -> None:
         self._context = context
+        self._tenant = tenant
         self._fields = fields
         self._arrival_s = time.monotonic()
         self._first_token_s: float | None = None
@@ -109,6 +112,7 @@ class Generation:
             constraints=prompt.constraints,
             priority=self._fields.priority or 0,
             cache_salt=self._fields.cache_salt or "",
+            tenant=self._tenant,
             read_prefix_cache=self._fields.cache_prompt is not False
             and prompt.sampling[0].prompt_logprobs is None,
         )

@@ -225,3 +225,15 @@ def test_keep_alive_comments_fill_a_silence_without_losing_an_event():
         assert b": keep-alive\n\n" in seen
 
     run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_says_what_took_how_long(stream):
+    async def scenario():
+        response = await post(FakeEngine(says("abc")), {"prompt": "a", "stream": stream})
+        timings = response.headers["server-timing"].replace(" ", "").split(",")
+        durations = dict(timing.split(";dur=") for timing in timings)
+        assert set(durations) == ({"total"} if stream else {"ttft", "decode", "total"})
+        assert all(float(duration) >= 0 for duration in durations.values())
+
+    run(scenario())

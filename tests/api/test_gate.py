@@ -252,3 +252,19 @@ def test_client_that_leaves_is_no_failure_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
         run(scenario())
     assert not caplog.records
+
+
+def test_key_says_whose_share_a_request_takes():
+    async def scenario():
+        engine = FakeEngine(says("x"))
+        keys = (ApiKey(name="alice", key="a"), ApiKey(name="bob", key="b"))
+        async with client_of(engine, named_keys=keys) as client:
+            for key in ("b", "a"):
+                headers = {"authorization": f"Bearer {key}"}
+                await client.post("/v1/completions", json={"prompt": "x"}, headers=headers)
+        assert [request.tenant for request in engine.requests] == ["bob", "alice"]
+        async with client_of(engine) as client:
+            await client.post("/v1/completions", json={"prompt": "x"})
+        assert engine.requests[-1].tenant == ""
+
+    run(scenario())

@@ -314,10 +314,28 @@ def test_device_on_which_no_step_succeeds_is_given_up_and_every_stream_ends():
             outputs = await asyncio.gather(*(collect(stream) for stream in streams))
             assert [reasons(output) for output in outputs] == [["error"]] * 6
             while engine.is_alive:
-                stream = engine.submit(make_request(str(time.monotonic())))
-                assert reasons(await collect(stream)) == ["error"]
+                await asyncio.sleep(0)
             with pytest.raises(EngineDead):
                 engine.submit(make_request("d"))
+
+    asyncio.run(scenario())
+
+
+def test_many_bad_requests_in_a_row_do_not_end_the_engine():
+    async def scenario():
+        def picky(plan: StepPlan) -> None:
+            picky.rows -= set(plan.removed)
+            picky.rows |= {new.row for new in plan.added if new.token_ids[0] == 9}
+            if any(row.row in picky.rows for row in plan.rows):
+                raise RuntimeError("bad request")
+
+        picky.rows = set()
+        async with Running(picky) as engine:
+            for i in range(20):
+                stream = engine.submit(make_request(str(i), prompt=(9, 1)))
+                assert reasons(await collect(stream)) == ["error"]
+            assert reasons(await collect(engine.submit(make_request("good")))) == ["length"]
+            assert engine.stats().num_isolated == 20
 
     asyncio.run(scenario())
 

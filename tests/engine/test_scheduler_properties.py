@@ -91,6 +91,7 @@ def replay(driver: Driver, history: list[tuple]) -> list[Request]:
                     prompt,
                     *sampling,
                     priority=priority,
+                    tenant=f"t{len(requests) % 3}",
                     cache_salt=salt,
                     read_prefix_cache=not wants_prompt,
                 )

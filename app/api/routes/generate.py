@@ -28,7 +28,7 @@ def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
         if _is_dry_run(request):
             plan = await describe_prompts(context, prepared.prompts, body.cache_salt)
             return JSONResponse(plan, headers=headers)
-        answer = start_completion(context, prepared, _unique_id(request))
+        answer = start_completion(context, prepared, _unique_id(request), _tenant(request))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     @router.post("/v1/chat/completions")
@@ -39,7 +39,7 @@ def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
         if _is_dry_run(request):
             plan = await describe_prompts(context, [prepared.prompt], body.cache_salt)
             return JSONResponse(plan, headers=headers)
-        answer = start_chat(context, prepared, _unique_id(request))
+        answer = start_chat(context, prepared, _unique_id(request), _tenant(request))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     return router
@@ -51,6 +51,12 @@ def _is_dry_run(request: Request) -> bool:
     if value not in ("0", "1", "false", "true"):
         raise InvalidRequest("'dry_run' must be 0 or 1.", param="dry_run")
     return value in ("1", "true")
+
+
+def _tenant(request: Request) -> str:
+    """Return whose share of the engine a request takes: its key's name, or everybody's."""
+    name: str | None = request.state.key_name
+    return name or ""
 
 
 def _unique_id(request: Request) -> str:
