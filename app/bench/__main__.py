@@ -45,7 +45,7 @@ def main() -> None:
         arriero_args=tuple(args.arriero_arg),
     )
     plan = Plan(
-        workload=QUICK if args.quick else Workload(),
+        workload=QUICK if args.quick else Workload(batches=tuple(args.batches)),
         num_rounds=args.rounds,
         num_threads=args.threads or len(os.sched_getaffinity(0)),
         seed=args.seed,
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peer", nargs="+", choices=names, metavar="NAME", help="default: all")
     add("--rounds", type=int, default=3, help="turns of each peer (default 3)")
     add("--threads", type=int, help="of each server (default: the cores it may use)")
+    add("--batches", nargs="+", type=int, default=[8, 32], help="how many at once (8 32)")
     add("--quick", action="store_true", help="tiny counts, to see that it runs")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--cache", type=Path, help="where environments, checkpoints and logs are kept")
