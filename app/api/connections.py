@@ -126,31 +126,33 @@ class OpenConnections:
         self._client_of: dict[GuardedProtocol, str] = {}
         self._num_of: Counter[str] = Counter()
         self._idle_since: dict[GuardedProtocol, float] = {}  # longest first
-        self._reserved: set[GuardedProtocol] = set()
+        self._reserved: dict[GuardedProtocol, None] = {}  # oldest first
 
     def __len__(self) -> int:
         return len(self._client_of) + len(self._reserved)
 
-    def admit(self, connection: "GuardedProtocol", client: str, now_s: float) -> bool:
-        """Take a connection in, or into the reserve; False if neither has room."""
+    def admit(self, connection: "GuardedProtocol", client: str, now_s: float) -> None:
+        """Take a connection in; above a cap, into the reserve."""
         is_over = 0 < self._max_per_client <= self._num_of[client]
         if not is_over and 0 < self._max_open <= len(self._client_of):
             is_over = not self._make_room(now_s)
         if not is_over:
             self._client_of[connection] = client
             self._num_of[client] += 1
-            return True
+            return
         if len(self._reserved) >= NUM_RESERVED:
-            return False
-        self._reserved.add(connection)
-        return True
+            # The newest stay: a probe speaks as soon as it is connected, a flood may not.
+            oldest = next(iter(self._reserved))
+            oldest.transport.abort()
+            self.release(oldest)
+        self._reserved[connection] = None
 
     def is_reserved(self, connection: "GuardedProtocol") -> bool:
         return connection in self._reserved
 
     def release(self, connection: "GuardedProtocol") -> None:
         """Forget a connection; again is no mistake."""
-        self._reserved.discard(connection)
+        self._reserved.pop(connection, None)
         self._idle_since.pop(connection, None)
         client = self._client_of.pop(connection, None)
         if client is not None:
@@ -168,7 +170,7 @@ class OpenConnections:
         for connection, since_s in self._idle_since.items():
             if now_s - since_s < IDLE_GRACE_S:
                 return False
-            connection.close_idle()
+            connection.transport.abort()
             self.release(connection)
             return True
         return False
@@ -222,11 +224,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if not self._peers.admit(self, client_of(self.client), self.loop.time()):
-            transport.write(self._answer(TooManyConnections("There are too many connections.")))
-            transport.close()
-            self._enter(Phase.CLOSING)
-            return
+        self._peers.admit(self, client_of(self.client), self.loop.time())
         self._strict.only_probes = self._peers.is_reserved(self)
         self._enter(Phase.HEADERS)
 
@@ -261,10 +259,6 @@ class GuardedProtocol(H11Protocol):
         super().shutdown()
         self._enter(self._current_phase(Phase.IDLE))
 
-    def close_idle(self) -> None:
-        """Close a connection without a request; its client finds out as with any idle one."""
-        self.transport.abort()
-
     def _unsupported_upgrade_warning(self) -> None:
         """Say nothing: anybody can ask for an upgrade, and the answer is an ordinary one."""
 
@@ -283,8 +277,8 @@ class GuardedProtocol(H11Protocol):
             return
         self._phase = phase
         self._cancel_deadline()
-        is_idle = phase in (Phase.IDLE, Phase.HEADERS)
-        self._peers.note(self, is_idle=is_idle, now_s=self.loop.time())
+        is_of_use = phase in (Phase.BODY, Phase.BUSY, Phase.CLOSING)
+        self._peers.note(self, is_idle=not is_of_use, now_s=self.loop.time())
         if seconds := self._seconds_of(phase):
             self._deadline = self.loop.call_later(seconds, self._on_deadline)
 

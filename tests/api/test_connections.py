@@ -142,11 +142,17 @@ def test_above_the_cap_only_probes_are_answered(limits):
         assert wire.is_well()
 
 
-def test_above_the_reserve_a_connection_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(connections, "NUM_RESERVED", 0)
-    with wire_server(max_connections=1) as wire, wire.connect() as client:
-        client.sendall(b"GET ")
-        check_refusal(wire.exchange(), 503, "too_many_connections")
+def test_silent_connections_above_the_cap_do_not_keep_out_a_probe(monkeypatch):
+    monkeypatch.setattr(connections, "NUM_RESERVED", 3)
+    monkeypatch.setattr(connections, "RESERVED_TIMEOUT_S", 100.0)
+    with wire_server(max_connections=1, header_timeout_s=100) as wire:
+        with held(wire, 1), contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(wire.connect()) for _ in range(5)]
+            with wire.connect() as probe:
+                probe.sendall(HEALTH)
+                assert read_answer(probe)[0] == 200
+            assert [read_all(client) for client in silent[:3]] == [b""] * 3
+        assert wire.is_well()
 
 
 def test_connection_without_a_request_makes_room_at_the_cap(monkeypatch):
@@ -177,7 +183,9 @@ def test_places_are_given_back():
 def test_limits_of_zero_are_none():
     peers = OpenConnections(0, 0)
     places = [object() for _ in range(5000)]
-    assert all(peers.admit(place, "a", 0.0) for place in places)
+    for place in places:
+        peers.admit(place, "a", 0.0)
+    assert len(peers) == 5000
     assert not any(peers.is_reserved(place) for place in places)
 
 

@@ -55,6 +55,15 @@ def test_second_signal_ends_the_process_at_once_and_without_a_traceback(number):
         assert process.returncode == 0
 
 
+def test_signal_that_comes_as_the_process_ends_changes_nothing():
+    with running() as (process, _):
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=PATIENCE_S)
+        assert "Traceback" not in log
+        assert process.returncode == 0
+
+
 def test_request_that_outlasts_the_drain_is_hung_up_on_without_a_traceback():
     with running(drain_s=0.5) as (process, wire), wire.connect() as client:
         client.sendall(post(b'{"prompt": "a"}', KEY))

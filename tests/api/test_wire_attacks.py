@@ -64,7 +64,7 @@ MALFORMED = {
     "negative length": post(b"", KEY).replace(b"length: 0", b"length: -1"),
     "length with a plus": post(b"", KEY).replace(b"length: 0", b"length: +3"),
     "hexadecimal length": post(b"", KEY).replace(b"length: 0", b"length: 0x9"),
-    "chunks in http/1.0": chunked(b"0\r\n\r\n").replace(b"HTTP/1.1", b"HTTP/1.0"),
+    "chunks in http/1.0": chunked(b'f\r\n{"prompt": "a"}\r\n0\r\n\r\n').replace(b"/1.1", b"/1.0"),
     "identity and chunks": chunked(b"0\r\n\r\n").replace(b": chunked", b": identity, chunked"),
     "chunks twice": chunked(b"0\r\n\r\n", CHUNKED),
     "a coding of two cases and a tab": chunked(b"0\r\n\r\n").replace(

@@ -17,17 +17,21 @@ typedef struct {
 } Rotate;
 
 INLINE void butterflies(float *x, int32_t half) {
-    int32_t i = 0;
-    for (; i + LANES <= half; i += LANES) {
+    for (int32_t i = 0; i < half; i += LANES) {
         vf low = load(x + i), high = load(x + i + half);
         store(x + i, low + high);
         store(x + i + half, low - high);
     }
-    for (; i < half; i++) {
-        float low = x[i], high = x[i + half];
-        x[i] = low + high;
-        x[i + half] = low - high;
-    }
+}
+
+/* The same of all pairs of parts that are smaller than a vector. */
+INLINE void small_butterflies(float *x, int32_t count, int32_t half) {
+    for (int32_t first = 0; first < count; first += 2 * half)
+        for (int32_t i = first; i < first + half; i++) {
+            float low = x[i], high = x[i + half];
+            x[i] = low + high;
+            x[i + half] = low - high;
+        }
 }
 
 /* Not normalised. Halves that are too large for the cache are finished one after the other. */
@@ -38,7 +42,9 @@ static void hadamard(float *x, int32_t count, int32_t width) {
         butterflies(x, count / 2);
         return;
     }
-    for (int32_t half = width; half < count; half *= 2)
+    int32_t half = width;
+    for (; half < LANES && half < count; half *= 2) small_butterflies(x, count, half);
+    for (; half < count; half *= 2)
         for (int32_t first = 0; first < count; first += 2 * half) butterflies(x + first, half);
 }
 
