@@ -14,6 +14,7 @@ ServiceError
 │   └── HeadersTooLarge         431
 └── ServerError                 the server is at fault
     ├── EngineFailed            500, this request's step failed
+    ├── DeadlineExceeded        504, the time that the client gave is over
     └── Unavailable             503, worth a retry elsewhere or later
         ├── EngineDead              the worker has stopped
         ├── Draining                shutting down
@@ -122,6 +123,14 @@ class EngineFailed(ServerError):
     """The step that carried this request failed."""
 
     code: str | None = "engine_error"
+
+
+class DeadlineExceeded(ServerError):
+    """The time that the client gave for the request is over."""
+
+    status = 504
+    type = "timeout_error"
+    code: str | None = "deadline_exceeded"
 
 
 class Unavailable(ServerError):

@@ -81,8 +81,10 @@ class FakeStream:
             script = list(self._engine.script(self._request, sampling))[: sampling.max_tokens]
             place = 0
             while True:
-                await self._engine.gate.wait()
-                await asyncio.sleep(0)
+                await self._wait()
+                if self.was_aborted.is_set():
+                    yield [SequenceOutput(index=index, finish_reason="abort")]
+                    return
                 if self._engine.error is not None:
                     self._is_over = True
                     error = self._engine.error
@@ -101,6 +103,14 @@ class FakeStream:
                 yield [self._output(index, sampling, ids, reason, stop, place == len(ids))]
                 if reason:
                     break
+
+    async def _wait(self) -> None:
+        """Wait for the gate, or for the end of it all."""
+        waits = [asyncio.ensure_future(e.wait()) for e in (self._engine.gate, self.was_aborted)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for each in waits:
+            each.cancel()
+        await asyncio.sleep(0)
 
     def _output(self, index, sampling, ids, reason, stop, is_first) -> SequenceOutput:
         prompt = self._request.prompt_token_ids

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app.errors import (
+    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     MethodNotAllowed,
@@ -120,6 +121,7 @@ _ERRORS: tuple[type[ServiceError], ...] = (
     UnsupportedMediaType,
     EngineFailed,
     Unavailable,
+    DeadlineExceeded,
 )
 
 
@@ -153,6 +155,7 @@ def _operation(operation: Operation) -> Json:
     if "{name}" in operation.path:
         parameters.append(_parameter("name", "path", {"type": "string"}))
     if operation.has_dry_run:
+        parameters.append(_parameter("x-request-timeout", "header", {"type": "number"}))
         values = {"enum": ["0", "1", "false", "true"], "default": "0"}
         parameters.append(_parameter("dry_run", "query", values))
     if parameters:

@@ -9,7 +9,7 @@ from app.protocol.chat import ChatRequest
 from app.serving.answer import JsonObject, usage_options
 from app.serving.context import ServingContext
 from app.serving.conversation import Rendering, TemplateKwargs, encode_messages
-from app.serving.generation import ChoiceDelta, Generation, Prompt
+from app.serving.generation import Caller, ChoiceDelta, Generation, Prompt
 from app.serving.logprobs import chat_logprobs, prompt_logprobs
 from app.serving.message import MessageReader, MessageWriter
 from app.serving.params import check_length, sampling_params, truncated
@@ -69,16 +69,17 @@ async def prepare_chat(context: ServingContext, request: ChatRequest) -> Prepare
             shown_token_ids=(context.tag_token_ids if tools or context.think_tags else frozenset()),
         ),
         tools=tools,
-        starts_reasoning=_ends_inside_think_tags(context, token_ids),
+        # What a form is demanded of is an answer from its first token on.
+        starts_reasoning=demand is None and _ends_inside_think_tags(context, token_ids),
     )
 
 
 def start_chat(
-    context: ServingContext, prepared: PreparedChat, request_id: str, tenant: str
+    context: ServingContext, prepared: PreparedChat, request_id: str, caller: Caller
 ) -> "ChatAnswer":
     """Submit. Raises ServerError if that cannot be."""
     prompts = [prepared.prompt]
-    generation = Generation(context, prepared.request, request_id, prompts, tenant=tenant)
+    generation = Generation(context, prepared.request, request_id, prompts, caller)
     return ChatAnswer(context, prepared, request_id, generation)
 
 
@@ -199,7 +200,11 @@ class ChatAnswer:
         if tags is not None:
             splitter = ReasoningSplitter(*tags, starts_inside=self._prepared.starts_reasoning)
         return _Choice(
-            reader=MessageReader(splitter, tools.reader() if tools else None),
+            reader=MessageReader(
+                splitter,
+                tools.reader() if tools else None,
+                ends_with_call=tools is not None and not tools.is_parallel,
+            ),
             writer=MessageWriter(include_reasoning=self._request.include_reasoning is not False),
         )
 

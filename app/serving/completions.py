@@ -10,7 +10,7 @@ from app.protocol.completions import CompletionRequest
 from app.protocol.completions import Prompt as WirePrompt
 from app.serving.answer import JsonObject, usage_options
 from app.serving.context import ServingContext
-from app.serving.generation import ChoiceDelta, Generation, Prompt
+from app.serving.generation import Caller, ChoiceDelta, Generation, Prompt
 from app.serving.logprobs import LegacyLogprobs, prompt_logprobs
 from app.serving.params import check_ids, check_length, sampling_params, tokenize_text, truncated
 from app.serving.structured import compile_demand, demand_of
@@ -71,11 +71,11 @@ async def prepare_completion(
 
 
 def start_completion(
-    context: ServingContext, prepared: PreparedCompletion, request_id: str, tenant: str
+    context: ServingContext, prepared: PreparedCompletion, request_id: str, caller: Caller
 ) -> "CompletionAnswer":
     """Submit. Raises ServerError if that cannot be."""
     prompts = prepared.prompts
-    generation = Generation(context, prepared.request, request_id, prompts, tenant=tenant)
+    generation = Generation(context, prepared.request, request_id, prompts, caller)
     return CompletionAnswer(context, prepared, request_id, generation)
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from app.engine.client import EngineRequest, RequestStream, SequenceOutput
-from app.errors import Draining, EngineFailed
+from app.errors import DeadlineExceeded, Draining, EngineFailed
 from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
@@ -29,6 +29,14 @@ class Prompt:
     sampling: tuple[SamplingParams, ...]
     constraints: tuple[TokenConstraint, ...] = ()  # none, or one a choice
     shown_token_ids: frozenset[int] = frozenset()  # control tokens that are part of the text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, and how long an answer is of use."""
+
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +90,15 @@ class Generation:
         fields: SamplingFields,
         request_id: str,
         prompts: list[Prompt],
-        *,
-        tenant: str,
+        caller: Caller,
     ) -> None:
         self._context = context
-        self._tenant = tenant
+        self._caller = caller
+        self._is_late = False
         self._fields = fields
         self._arrival_s = time.monotonic()
         self._first_token_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
         drawn = prompts[0].sampling[0]
         if fields.seed is None and not drawn.is_greedy:
             logger.info("request %s: seed %d", request_id, drawn.seed)  # to run it again
@@ -102,6 +111,9 @@ class Generation:
         except BaseException:
             self.abort()
             raise
+        if caller.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(caller.timeout_s, self._expire)
 
     def _submit(self, request_id: str, prompt: Prompt) -> None:
         metrics = self._context.metrics
@@ -112,7 +124,7 @@ class Generation:
             constraints=prompt.constraints,
             priority=self._fields.priority or 0,
             cache_salt=self._fields.cache_salt or "",
-            tenant=self._tenant,
+            tenant=self._caller.tenant,
             read_prefix_cache=self._fields.cache_prompt is not False
             and prompt.sampling[0].prompt_logprobs is None,
         )
@@ -142,8 +154,15 @@ class Generation:
 
     def abort(self) -> None:
         """End what has not ended."""
+        if self._timer is not None:
+            self._timer.cancel()
         for _, stream in self._streams:
             stream.abort()
+
+    def _expire(self) -> None:
+        """End the request, waiting or running: nobody wants its answer any more."""
+        self._is_late = True
+        self.abort()
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """Yield deltas until every choice has ended. Raises EngineFailed or Draining."""
@@ -161,6 +180,8 @@ class Generation:
             return None
         if output.finish_reason in ("error", "abort"):
             choice.timer.end(output.finish_reason)
+            if self._is_late:
+                raise DeadlineExceeded(f"The {self._caller.timeout_s:g} s of the request are over.")
             message = output.error or "The request was aborted."
             # What a shutdown cuts off is worth a retry elsewhere; a broken step is not.
             raise Draining(message) if self._context.engine.is_draining else EngineFailed(message)

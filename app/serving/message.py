@@ -25,11 +25,21 @@ class MessageDelta:
 
 
 class MessageReader:
-    """Reads one choice's text, in pieces as they come."""
+    """Reads one choice's text, in pieces as they come.
 
-    def __init__(self, splitter: ReasoningSplitter | None, parser: CallReader | None) -> None:
+    With `ends_with_call` what a piece holds behind the first whole call is dropped.
+    """
+
+    def __init__(
+        self,
+        splitter: ReasoningSplitter | None,
+        parser: CallReader | None,
+        *,
+        ends_with_call: bool = False,
+    ) -> None:
         self._splitter = splitter
         self._parser = parser
+        self._ends_with_call = ends_with_call
 
     @property
     def holds_back(self) -> bool:
@@ -56,6 +66,9 @@ class MessageReader:
         events = self._parser.push(text) if text else []
         if is_last:
             events = [*events, *self._parser.finish()]
+        if self._ends_with_call:
+            kinds = [type(event) for event in events]
+            events = events[: kinds.index(CallEnd) + 1] if CallEnd in kinds else events
         return _delta(reasoning, events)
 
 

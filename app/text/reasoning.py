@@ -1,11 +1,12 @@
 """Text with think tags parted into what a model thinks and what it says.
 
-White space around the tags belongs to them. A text that never closes its tag is all thought.
+White space around the tags, up to a bound, is theirs. A text that never closes its tag is all
+thought.
 """
 
 from dataclasses import dataclass
 
-from app.text.tools.reader import TagScanner
+from app.text.tools.reader import MAX_HELD, TagScanner
 
 _KNOWN_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
 
@@ -40,7 +41,8 @@ class ReasoningSplitter:
             return Parted("", text)
         for place, char in enumerate(text):
             if self._is_over and not self._drops_space:
-                self._content.append(text[place:])
+                self._content.append(self._space + text[place:])
+                self._space = ""
                 break
             self._feed(char)
         return self._take()
@@ -72,13 +74,20 @@ class ReasoningSplitter:
         for char in text:
             if char.isspace():
                 if not self._drops_space:
-                    self._space += char
+                    self._hold_space(char)
                 continue
             self._drops_space = False
             if not self._is_inside:
                 self._is_over = True  # content has begun without a thought before it
             target = self._reasoning if self._is_inside else self._content
             target.append(self._space + char)
+            self._space = ""
+
+    def _hold_space(self, char: str) -> None:
+        self._space += char
+        if len(self._space) > MAX_HELD:  # more than belongs to a tag
+            self._is_over |= not self._is_inside
+            (self._reasoning if self._is_inside else self._content).append(self._space)
             self._space = ""
 
     def _take(self) -> Parted:

@@ -1,6 +1,7 @@
 """POST /v1/completions, streamed and not, over a scripted engine."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -235,5 +236,45 @@ def test_answer_says_what_took_how_long(stream):
         durations = dict(timing.split(";dur=") for timing in timings)
         assert set(durations) == ({"total"} if stream else {"ttft", "decode", "total"})
         assert all(float(duration) >= 0 for duration in durations.values())
+
+    run(scenario())
+
+
+def test_request_whose_time_is_over_is_aborted_and_told_so():
+    async def scenario():
+        engine = FakeEngine(says("abc"))
+        engine.gate.clear()
+        async with client_of(engine) as client:
+            for stream in (False, True):
+                posted = client.post(
+                    URL,
+                    json={"prompt": "a", "stream": stream},
+                    headers={"x-request-timeout": "0.05"},
+                )
+                asking = asyncio.create_task(posted)
+                while len(engine.streams) <= stream:
+                    await asyncio.sleep(0)
+                await engine.streams[-1].was_aborted.wait()
+                response = await asking
+                if stream:
+                    error = json.loads(response.text.removeprefix("data: "))["error"]
+                else:
+                    assert response.status_code == 504
+                    error = response.json()["error"]
+                assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1e3", "nan", "inf", "a", "", "99999999"])
+def test_timeout_that_is_no_time_is_refused(value):
+    async def scenario():
+        engine = FakeEngine(says("abc"))
+        async with client_of(engine) as client:
+            headers = {"x-request-timeout": value}
+            response = await client.post(URL, json={"prompt": "a"}, headers=headers)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "x-request-timeout"
+        assert engine.requests == []
 
     run(scenario())

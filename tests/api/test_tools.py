@@ -185,11 +185,13 @@ def test_automatic_choice_is_not_constrained_but_reads_only_allowed_calls():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_without_parallel_calls_the_first_one_ends_the_answer(stream):
+@pytest.mark.parametrize("merged", [1, 1000])
+def test_without_parallel_calls_the_first_one_ends_the_answer(stream, merged):
     async def scenario():
-        engine = FakeEngine(says(TWO_CALLS))
+        engine = FakeEngine(says(TWO_CALLS), merged=merged)
         response = await chat(engine, {"parallel_tool_calls": False, "stream": stream})
-        assert engine.streams[0].finished == {0}
+        if merged == 1:
+            assert engine.streams[0].finished == {0}
         if stream:
             message = folded(events(response.text))
             assert [name for name, _ in message["calls"]] == ["get_weather"]
@@ -282,6 +284,25 @@ def test_thoughts_are_parted_from_the_answer(stream, include):
             content, reasoning = wire["content"], wire.get("reasoning", "")
         assert content == "It is 4."
         assert reasoning == ("Hm, 2." if include is None else "")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("answer", ['{"a":1}', '<tool_call>\n{"name": "ping", "arguments": {}}\n'])
+def test_constrained_answer_is_no_thought_where_the_prompt_has_opened_the_tag(answer):
+    async def scenario():
+        engine = FakeEngine(says(answer))
+        schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        body = {
+            "messages": [*HELLO, {"role": "assistant", "content": "<think>"}],
+            "continue_final_message": True,
+            "response_format": form,
+        }
+        response = await chat(engine, body, think_tags=("<think>", "</think>"))
+        message = response.json()["choices"][0]["message"]
+        assert "reasoning" not in message
+        assert message["content"] == answer or message["tool_calls"]
 
     run(scenario())
 

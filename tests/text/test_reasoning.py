@@ -1,8 +1,11 @@
 """Thought and answer told apart, however the text is cut."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app.text.reasoning import ReasoningSplitter, detect_think_tags
+from app.text.tools.reader import MAX_HELD
 
 TAGS = ("<think>", "</think>")
 
@@ -37,6 +40,8 @@ CASES = [
     ("<think>a</think>", False, "a", ""),
     ("<think>a</think>  \n ", False, "a", ""),
     ("<THINK>a</THINK>", False, "", "<THINK>a</THINK>"),
+    ("<t hello", False, "", "<t hello"),
+    (" </ x  y ", False, "", " </ x  y "),
 ]
 
 
@@ -62,3 +67,35 @@ def test_tags_are_found_in_a_template():
     assert detect_think_tags("{{ '</thinking>' }}") == ("<thinking>", "</thinking>")
     assert detect_think_tags("{{ message.content }}") is None
     assert detect_think_tags(None) is None
+
+
+PIECES = ("<think>", "</think>", "<", "</", "<t", "think>", " ", "\n", "a", "b c", "é", ">")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(PIECES), max_size=20),
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=20),
+    starts_inside=st.booleans(),
+)
+def test_any_text_is_parted_alike_at_any_split_and_loses_no_letter(parts, sizes, starts_inside):
+    text = "".join(parts)
+    whole = part([text], starts_inside=starts_inside)
+    assert part(text, starts_inside=starts_inside) == whole
+    pieces, place = [], 0
+    while place < len(text):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(text[place : place + size])
+        place += size
+    assert part(pieces, starts_inside=starts_inside) == whole
+    kept, said = ("".join("".join(half).split()) for half in (whole, [text]))
+    missing = len(said) - len(kept)
+    assert missing in (0, len(TAGS[0]), len(TAGS[1]), len(TAGS[0]) + len(TAGS[1]))
+
+
+@pytest.mark.parametrize("text", ["", "x", "<think>", "<think>x", "<think>x</think>y"])
+def test_white_space_held_back_is_bounded(text):
+    splitter = ReasoningSplitter(*TAGS, starts_inside=False)
+    splitter.push(text)
+    parted = splitter.push("x" + " " * (3 * MAX_HELD))
+    assert len(parted.reasoning) + len(parted.content) > 2 * MAX_HELD

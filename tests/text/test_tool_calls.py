@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from app.text.tools.events import CallArguments, CallEnd, CallStart, Content
 from app.text.tools.grammar import call_text, tools_grammar
 from app.text.tools.parser import READERS, detect_format
+from app.text.tools.reader import MAX_HELD
 
 NAMES = frozenset({"get_weather", "add", "ping"})
 
@@ -63,6 +64,32 @@ CASES = [
         [("add", '{"a":1}', True)],
     ),
     ("hermes", '<tool_call>{"name":"add","arguments":{"a":', "", [("add", '{"a":', False)]),
+    (
+        "hermes",
+        '<tool_call>{"name":"add","arguments":{"a":1},"parameters":{"b":2}}</tool_call>',
+        "",
+        [("add", '{"a":1}', True)],
+    ),
+    ("hermes", '<tool_call>{"name":"add","arguments":[1]}', "", [("add", "[1]", True)]),
+    ("hermes", '<tool_call>{"name":"add","arguments":"a"}', "", [("add", '"a"', True)]),
+    (
+        "hermes",  # the outer brace forgotten
+        '<tool_call>{"name":"add","arguments":{"a":1}</tool_call> <tool_call>{"name":"ping"}x',
+        "x",
+        [("add", '{"a":1}', True), ("ping", "{}", True)],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name":"add","arguments":{"a":1} garbage',
+        "garbage",
+        [("add", '{"a":1}', False)],
+    ),
+    (
+        "hermes",
+        '<tool_call>{<tool_call>{"name":"ping"}</tool_call>',
+        "<tool_call>{",
+        [("ping", "{}", True)],
+    ),
     ("hermes", '<tool_call> {"name":"rm"} </tool_call>x', None, []),
     ("hermes", "<tool_call> no </tool_call>", "<tool_call> no </tool_call>", []),
     ("hermes", "<tool_call><tool_call>\n", "<tool_call><tool_call>\n", []),
@@ -90,6 +117,8 @@ CASES = [
     ("llama3_json", '{"answer": 42}', '{"answer": 42}', []),
     ("llama3_json", '{"name": "Bob"}', '{"name": "Bob"}', []),
     ("llama3_json", '{"name": "ping"} and so on', "and so on", [("ping", "{}", True)]),
+    ("llama3_json", '[{"name": "ping"}] and so on', "and so on", [("ping", "{}", True)]),
+    ("llama3_json", '{"name": "ping"}; {"name": "rm"}', '{"name": "rm"}', [("ping", "{}", True)]),
     ("llama3_json", '\n [1, 2] ', "\n [1, 2] ", []),
     (
         "pythonic",
@@ -121,8 +150,23 @@ CASES = [
     ("pythonic", "[rm(a=1)]", "[rm(a=1)]", []),
     ("pythonic", "[add(1, 2)]", "[add(1, 2)]", []),
     ("pythonic", "I say [ping()]", "I say [ping()]", []),
-    ("pythonic", "[add(a=1", "", [("add", '{"a":', False)]),
-    ("pythonic", "[add(a=__import__('os'))]", None, [("add", '{"a":', False)]),
+    ("pythonic", "[add(a b=1)]", "[add(a b=1)]", []),
+    ("pythonic", "[add(user-id=1, $top=2)]", "", [("add", '{"user-id":1,"$top":2}', True)]),
+    ("pythonic", "[add(a=1e999)]", "", [("add", '{"a":1e999}', True)]),
+    ("pythonic", "[add(a=1", "", [("add", '{"a":1', False)]),
+    ("pythonic", "[add(a=1 2)] x", "2)] x", [("add", '{"a":1', False)]),
+    ("pythonic", "[add(a=[1,,2])]", ",2])]", [("add", '{"a":[1', False)]),
+    ("pythonic", "[add(a={'x' 'y': 1})]", "'y': 1})]", [("add", '{"a":{"x"', False)]),
+    ("pythonic", "[add(a='\\u+0ff')]", "\\u+0ff')]", [("add", '{"a":"', False)]),
+    ("pythonic", "[add(a='\\UFFFFFFFF')]", "\\UFFFFFFFF')]", [("add", '{"a":"', False)]),
+    ("pythonic", "[add(a=NaN)]", "NaN)]", [("add", '{"a":', False)]),
+    ("pythonic", "[ping(), rm()]", "rm()]", [("ping", "{}", True)]),
+    (
+        "pythonic",
+        "[add(a=__import__('os'))]",
+        "__import__('os'))]",
+        [("add", '{"a":', False)],
+    ),
 ]  # fmt: skip
 
 
@@ -189,6 +233,19 @@ def test_hostile_text_takes_linear_time(tool_format, unit):
         return counted
 
     assert num_calls(4000) < 4.5 * num_calls(1000)
+
+
+@pytest.mark.parametrize("tool_format", READERS)
+@pytest.mark.parametrize(
+    "start", ["", "x", "<tool_call>", '{"name": "', "[", "[add(", "[add(a=1, b", '{"name": "add",']
+)
+@pytest.mark.parametrize("unit", [" ", "b", "\n"])
+def test_what_is_held_back_is_bounded(tool_format, start, unit):
+    reader = READERS[tool_format](NAMES)
+    reader.push(start + unit * 2 * MAX_HELD)
+    late = reader.push(unit * MAX_HELD) + reader.finish()
+    held = sum(len(event.text) for event in late if isinstance(event, Content | CallArguments))
+    assert held <= 2 * MAX_HELD + len(start) + 1
 
 
 def test_format_is_found_in_a_template():
@@ -278,6 +335,100 @@ def test_text_of_a_grammar_is_read_back_as_calls_that_validate(tool_format, para
             jsonschema.validate(json.loads(arguments), schemas[name])
             seen.add(name)
     assert seen == NAMES
+
+
+INTEGER = {"type": "integer"}
+AWKWARD = [
+    {"type": "object", "properties": {"user-id": INTEGER, "$top": INTEGER}, "required": ["$top"],
+     "additionalProperties": False},
+    {"type": "object", "required": ["x"]},
+    {"type": "object", "properties": {"x": INTEGER}, "required": ["x", "y"]},
+    {"type": "object", "properties": {}, "required": []},
+    {"type": ["object", "null"], "properties": {"x": False, "y": True}},
+    {"type": "object", "additionalProperties": INTEGER},
+    {"type": "object", "properties": {"n": {"type": "number"}}, "required": ["n"]},
+    {"type": "object", "properties": {"x": INTEGER, "more": {"$ref": "#"}}, "required": ["x"],
+     "additionalProperties": False},
+    {"type": "object", "properties": {"x": INTEGER, "y": {"$ref": "#/properties/x"}},
+     "required": ["y"], "additionalProperties": False},
+    {"type": "object", "properties": {f"k{i}": INTEGER for i in range(200)}},
+]  # fmt: skip
+BEYOND_KEYWORDS = [
+    {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"x": INTEGER},
+                                          "required": ["x"], "additionalProperties": False}}},
+    {"anyOf": [{"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"],
+                "additionalProperties": False}]},
+    {"type": "object", "properties": {"a=": INTEGER}, "required": ["a="]},
+]  # fmt: skip
+
+
+def check_forced_calls(tool_format, schema):
+    tool = {"type": "function", "function": {"name": "add", "parameters": schema}}
+    grammar = tools_grammar(tool_format, [tool], names=NAMES, parallel=False)
+    rng = random.Random(4)
+    for _ in range(10):
+        content, calls = read(tool_format, [random_text(grammar, rng)])
+        assert content == ""
+        assert [is_whole for _, _, is_whole in calls] == [True]
+        jsonschema.validate(json.loads(calls[0][1]), schema)
+
+
+@pytest.mark.parametrize("tool_format", READERS)
+@pytest.mark.parametrize("schema", AWKWARD)
+def test_forced_call_validates_against_an_awkward_schema(tool_format, schema):
+    check_forced_calls(tool_format, schema)
+
+
+@pytest.mark.parametrize("schema", BEYOND_KEYWORDS)
+def test_schema_that_keywords_cannot_follow_is_refused_in_pythonic_alone(schema):
+    check_forced_calls("hermes", schema)
+    check_forced_calls("llama3_json", schema)
+    with pytest.raises(ValueError, match="needs another call format"):
+        check_forced_calls("pythonic", schema)
+
+
+@pytest.mark.parametrize("tool_format", READERS)
+def test_parameters_that_are_no_object_are_refused(tool_format):
+    with pytest.raises(ValueError, match="not those of an object"):
+        check_forced_calls(tool_format, {"type": "string"})
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "good", "bad"),
+    [
+        (
+            "hermes",
+            '<tool_call>\n{"name": "add", "arguments": {"a":1,"b":null}}\n</tool_call>',
+            [
+                '<tool_call>\n{"name": "rm"',
+                '<tool_call>\n{"name": "add", "arguments": {"a":"',
+                '<tool_call>\n{"name": "add", "arguments": {  ',
+                "Sure",
+            ],
+        ),
+        (
+            "llama3_json",
+            '{"name": "ping", "parameters": {}}',
+            ['{"name": "ping", "parameters": {"', '{"name": "ping", "parameters": {}} ', "{ "],
+        ),
+        (
+            "pythonic",
+            '[get_weather(city="é\\n", exact=True, unit="C", days=[1,2])]',
+            ["[get_weather(unit", "[get_weather(city='", "[ping(x", "[]", "[ping()] "],
+        ),
+    ],
+)
+def test_grammar_takes_a_good_call_whole_and_refuses_bad_ones(tool_format, good, bad):
+    grammar = tools_grammar(tool_format, TOOLS, names=NAMES, parallel=False)
+
+    def num_taken(text: str) -> tuple[int, bool]:
+        matcher = LLMatcher(VOCABULARY, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        taken = matcher.try_consume_tokens(list(text.encode()))
+        return taken, matcher.is_accepting()
+
+    assert num_taken(good) == (len(good.encode()), True)
+    for text in bad:
+        assert num_taken(text)[0] < len(text.encode())
 
 
 @pytest.mark.parametrize("tool_format", READERS)

@@ -1,5 +1,6 @@
 """POST /v1/completions and POST /v1/chat/completions."""
 
+import re
 import uuid
 
 from fastapi import APIRouter, Request
@@ -14,6 +15,10 @@ from app.serving.chat import prepare_chat, start_chat
 from app.serving.completions import prepare_completion, start_completion
 from app.serving.context import ServingContext
 from app.serving.dry_run import describe_prompts
+from app.serving.generation import Caller
+
+MAX_TIMEOUT_S = 86_400
+_SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 
 
 def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
@@ -28,7 +33,7 @@ def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
         if _is_dry_run(request):
             plan = await describe_prompts(context, prepared.prompts, body.cache_salt)
             return JSONResponse(plan, headers=headers)
-        answer = start_completion(context, prepared, _unique_id(request), _tenant(request))
+        answer = start_completion(context, prepared, _unique_id(request), _caller(request))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     @router.post("/v1/chat/completions")
@@ -39,7 +44,7 @@ def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
         if _is_dry_run(request):
             plan = await describe_prompts(context, [prepared.prompt], body.cache_salt)
             return JSONResponse(plan, headers=headers)
-        answer = start_chat(context, prepared, _unique_id(request), _tenant(request))
+        answer = start_chat(context, prepared, _unique_id(request), _caller(request))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     return router
@@ -53,10 +58,19 @@ def _is_dry_run(request: Request) -> bool:
     return value in ("1", "true")
 
 
-def _tenant(request: Request) -> str:
-    """Return whose share of the engine a request takes: its key's name, or everybody's."""
+def _caller(request: Request) -> Caller:
+    """Return whose share of the engine a request takes, and how long. Raises InvalidRequest."""
     name: str | None = request.state.key_name
-    return name or ""
+    given = request.headers.get("x-request-timeout")
+    timeout_s = None
+    if given is not None:
+        if not _SECONDS.fullmatch(given) or not 0 < float(given) <= MAX_TIMEOUT_S:
+            raise InvalidRequest(
+                f"'x-request-timeout' must be a number of seconds up to {MAX_TIMEOUT_S}.",
+                param="x-request-timeout",
+            )
+        timeout_s = float(given)
+    return Caller(tenant=name or "", timeout_s=timeout_s)
 
 
 def _unique_id(request: Request) -> str:

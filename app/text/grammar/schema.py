@@ -29,6 +29,25 @@ def normalised(schema: object) -> dict[str, object]:
     return result
 
 
+def rebased(schema: object, base: str) -> object:
+    """Return a schema as it reads once the document that it refers to lies at `base`."""
+    if isinstance(schema, list):
+        return [rebased(item, base) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result: dict[str, object] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            result[key] = {name: rebased(item, base) for name, item in value.items()}
+        elif key in _LITERAL:
+            result[key] = value
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            result[key] = base + value[1:]
+        else:
+            result[key] = rebased(value, base)
+    return result
+
+
 def _node(node: object, root: Schema) -> object:
     if isinstance(node, list):
         return [_node(item, root) for item in node]

@@ -7,10 +7,30 @@ the function's schema, in compact JSON.
 import json
 from collections.abc import Collection, Mapping, Sequence
 
-from app.text.grammar.schema import normalised
+from app.text.grammar.schema import normalised, rebased
 from app.text.tools.parser import ToolFormat
+from app.text.tools.pythonic import MAX_KEY, is_of_key
 
 ToolSpec = Mapping[str, object]  # in OpenAI's form
+# Keys of a schema that asks for nothing, if it has no properties and requires none.
+_SAYS_NOTHING = frozenset(
+    {
+        "type",
+        "properties",
+        "required",
+        "title",
+        "description",
+        "$schema",
+        "$id",
+        "$comment",
+        "$defs",
+    }
+)
+# Keys at the root of a schema that a list of keyword arguments cannot follow.
+_NOT_OF_KEYWORDS = frozenset(
+    {"$ref", "anyOf", "oneOf", "allOf", "not", "if", "enum", "const", "minProperties",
+     "maxProperties", "propertyNames", "dependentRequired", "dependentSchemas", "dependencies"}
+)  # fmt: skip
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 _PYTHON_COMPACT = {"x-guidance": {"whitespace_flexible": False, "json_allowed_escapes": 'nrt"\\'}}
 
@@ -55,10 +75,16 @@ def _function(tool: ToolSpec) -> tuple[str, dict[str, object]]:
     function = tool["function"]
     assert isinstance(function, Mapping)
     schema = normalised(function.get("parameters") or {"type": "object", "properties": {}})
-    schema.setdefault("type", "object")
-    if not schema.get("properties"):
-        schema.setdefault("additionalProperties", False)
-    return str(function["name"]), schema
+    name = str(function["name"])
+    types = schema.setdefault("type", "object")
+    if types != "object":
+        if not (isinstance(types, list) and "object" in types):
+            raise ValueError(f"the parameters of {name} are not those of an object")
+        schema["type"] = "object"
+    asks = schema.get("properties") or schema.get("required")
+    if schema.keys() <= _SAYS_NOTHING and not asks:
+        schema["additionalProperties"] = False  # a function without parameters
+    return name, schema
 
 
 def _hermes(i: int, name: str, schema: dict[str, object]) -> list[str]:
@@ -74,33 +100,57 @@ def _llama_json(i: int, name: str, schema: dict[str, object]) -> list[str]:
 
 def _pythonic(i: int, name: str, schema: dict[str, object]) -> list[str]:
     """Keyword arguments in the schema's order: those required, then any of the others."""
-    properties, required = schema.get("properties"), schema.get("required")
-    fields = properties if isinstance(properties, dict) else {}
-    must = [key for key in fields if isinstance(required, list) and key in required]
-    may = [key for key in fields if key not in must]
+    fields, required = _keywords(name, schema)
+    must = [key for key in fields if key in required]
+    may = [key for key in fields if key not in required]
+    root = rebased(schema, "#/$defs/root")
     rules, names = [], {}
     for j, key in enumerate(fields):
         names[key] = f"k{i}_{j}"
-        rules.append(f"{names[key]}: {_quoted(key + '=')} {_python_value(fields[key], schema)}")
-    tail = "".join(f' (", " {names[key]})?' for key in may)
+        rules.append(f"{names[key]}: {_quoted(key + '=')} {_python_value(fields[key], root)}")
+    for place, key in enumerate(may):  # m: what may follow, from one of the optional ones on
+        rules.append(f'm{i}_{place}: (", " {names[key]})? m{i}_{place + 1}')
+    rules.append(f'm{i}_{len(may)}: ""')
     if must:
-        inner = ' ", " '.join(names[key] for key in must) + tail
+        inner = ' ", " '.join(names[key] for key in must) + f" m{i}_0"
     else:  # begins with any of the optional ones, or has none
-        starts = []
-        for place, key in enumerate(may):
-            following = "".join(f' (", " {names[other]})?' for other in may[place + 1 :])
-            starts.append(f"({names[key]}{following})")
+        starts = [f"{names[key]} m{i}_{place + 1}" for place, key in enumerate(may)]
         inner = f"({' | '.join(starts)})?" if starts else ""
     return [f'f{i}: {_quoted(name + "(")} {inner} ")"', *rules]
 
 
-def _python_value(schema: object, root: Mapping[str, object]) -> str:
+def _keywords(name: str, schema: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Return the schemas of a function's keywords, and those that are required.
+
+    Raises ValueError for what keywords cannot say or the grammar would not hold.
+    """
+    if beyond := sorted(schema.keys() & _NOT_OF_KEYWORDS):
+        raise ValueError(f"{beyond[0]!r} in the parameters of {name} needs another call format")
+    properties, listed = schema.get("properties"), schema.get("required")
+    fields = dict(properties) if isinstance(properties, dict) else {}
+    required = [key for key in listed if isinstance(key, str)] if isinstance(listed, list) else []
+    for key in required:
+        fields.setdefault(key, schema.get("additionalProperties", True))
+    fields = {key: value for key, value in fields.items() if value is not False or key in required}
+    for key, value in fields.items():
+        if value is False:
+            raise ValueError(f"nothing satisfies the parameter {key[:64]!r} of {name}")
+        if not 0 < len(key) <= MAX_KEY or not all(map(is_of_key, key)):
+            raise ValueError(f"the parameter {key[:64]!r} of {name} needs another call format")
+    return fields, required
+
+
+def _python_value(schema: object, root: object) -> str:
+    """Return the rule of a keyword's value; `root` is where its references lead."""
     if not isinstance(schema, dict):
         schema = {}
     if schema.get("type") == "boolean" and "enum" not in schema and "const" not in schema:
         return '("True" | "False")'
-    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    return _json(shared | schema, _PYTHON_COMPACT)
+    moved = rebased(schema, "#/$defs/root")
+    assert isinstance(moved, dict)
+    if moved != schema:  # it refers to something
+        moved["$defs"] = {"root": root}
+    return _json(moved, _PYTHON_COMPACT)
 
 
 _FUNCTION_RULES = {"hermes": _hermes, "llama3_json": _llama_json, "pythonic": _pythonic}

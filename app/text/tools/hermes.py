@@ -6,6 +6,7 @@ from app.text.tools.json_call import JsonCall
 from app.text.tools.reader import CallReader, TagScanner
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MAX_SPACE = 64  # of an opening tag and the white space behind it
 
 
 class HermesReader(CallReader):
@@ -28,7 +29,7 @@ class HermesReader(CallReader):
         elif self._is_open and char == "{":
             self._call = JsonCall(self._names)
             self._read_call(self._call, char)
-        elif self._head and char.isspace():
+        elif self._head and char.isspace() and len(self._head) < MAX_SPACE:
             self._head += char
         else:
             self._scan(char)
@@ -59,9 +60,11 @@ class HermesReader(CallReader):
             self._call = None
             if call.name is None:
                 head, self._head, self._is_open = self._head, "", False
-                self._say(head + call.held)
-            else:
-                self._close_call(is_whole=False)
+                self._say(head + call.held[:-1])
+            else:  # small models forget the outer brace
+                self._close_call(is_whole=call.lacks_only_brace and char == CLOSE[0])
+            if not arguments:
+                self._feed(char)  # it may begin a tag
         elif call.is_done:
             self._call = None
             self._close_call()

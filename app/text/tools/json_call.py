@@ -19,6 +19,7 @@ class JsonCall:
 
     `name` is set once it is known to be one of the functions; `is_broken` once the text cannot
     be a call (any more); `is_done` with the closing brace. `held` is what was read before `name`.
+    A character that breaks the call is no part of it, unless it was passed on or held.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -34,6 +35,7 @@ class JsonCall:
         self._is_string = False
         self._is_escaped = False
         self._keeps_value = False
+        self._streams_value = False
         self._ready = ""  # arguments to be passed on
         self._has_arguments = False
 
@@ -77,11 +79,9 @@ class JsonCall:
             return
         self._value = []
         is_arguments = self._key in _ARGUMENTS and not self._has_arguments
-        if is_arguments and char == "{":
-            self._has_arguments = True
-            self._keeps_value = False
-        else:
-            self._keeps_value = is_arguments or self._key == "name"
+        self._streams_value = is_arguments and char == "{"
+        self._keeps_value = (is_arguments or self._key == "name") and not self._streams_value
+        self._has_arguments |= self._streams_value
         self._become(self._read_value)
         self._read_value(char)
 
@@ -114,7 +114,7 @@ class JsonCall:
     def _keep(self, char: str) -> None:
         if self._keeps_value:
             self._value.append(char)
-        elif self._key in _ARGUMENTS:
+        elif self._streams_value:
             self._ready += char
 
     def _end_value(self) -> None:
@@ -129,9 +129,13 @@ class JsonCall:
                 self.name = name
             elif self.name != name:
                 self._break()
-        else:  # arguments that are no object: the text of one, or nothing
+        else:  # arguments that are no object: the text of one, nothing, or what was written
             self._has_arguments = True
-            self._ready += _text_of(value) if value.startswith('"') else "{}"
+            text = _text_of(value)
+            if text.lstrip().startswith("{"):
+                self._ready += text
+            else:
+                self._ready += "{}" if value in ("", "null", '""') else value
 
     def _expect_comma(self, char: str) -> None:
         if char == ",":
@@ -149,6 +153,12 @@ class JsonCall:
             return False
         self._is_escaped = char == "\\"
         return char == '"'
+
+    @property
+    def lacks_only_brace(self) -> bool:
+        """Whether name and arguments are complete, and the object's closing brace is missing."""
+        at_comma = self._state == self._expect_comma
+        return self.name is not None and self._has_arguments and at_comma
 
     def _become(self, state: Callable[[str], None]) -> None:
         self._state = state

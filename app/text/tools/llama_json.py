@@ -38,8 +38,7 @@ class LlamaJsonReader(CallReader):
     def _scan(self, char: str) -> None:
         text, tag = self._tags.push(char)
         if text or tag:
-            head, self._head = self._head, ""
-            self._say(head + text)
+            self._say(self._take_head() + text)
             self._may_begin = False
         if tag:
             self._may_begin, self._head = True, tag
@@ -54,15 +53,20 @@ class LlamaJsonReader(CallReader):
         if call.is_broken:
             self._call, self._may_begin = None, False
             if call.name is None:
-                head, self._head = self._head, ""
-                self._say(head + call.held)
+                self._say(self._take_head() + call.held[:-1])
             else:
                 self._close_call(is_whole=False)
+            if not arguments:
+                self._feed(char)  # it may begin a tag
         elif call.is_done:
             self._call, self._may_begin = None, True
             self._close_call()
 
     def _end(self) -> None:
         held = self._call.held if self._call is not None and self._call.name is None else ""
-        head = self._head.lstrip(";,] \n\t") if self._is_after_call else self._head
-        self._say(head + held + self._tags.flush())
+        self._say(self._take_head() + held + self._tags.flush())
+
+    def _take_head(self) -> str:
+        """Return what stands before something that is no call, less what ends or parts calls."""
+        head, self._head = self._head, ""
+        return head.lstrip(";,] \n\t") if self._is_after_call else head

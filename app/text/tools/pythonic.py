@@ -5,16 +5,20 @@ false and null count as well.
 """
 
 import json
+import string
+import sys
 from collections.abc import Callable, Collection
 
 from app.text.tools.reader import MAX_HELD, CallReader, TagScanner
 
 START, END, TAG = "<|python_start|>", "<|python_end|>", "<|python_tag|>"
 MAX_DEPTH = 64
+MAX_KEY = 256
 _CLOSERS = {"[": "]", "(": ")", "{": "}"}
 _CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 _SIMPLE_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v",
                    "0": "\0", "\\": "\\", "'": "'", '"': '"', "\n": ""}  # fmt: skip
+_OF_NUMBERS = frozenset(string.digits + "+-.eE")
 _NUMBERED_ESCAPES = {"x": 2, "u": 4, "U": 8}
 
 
@@ -41,21 +45,34 @@ class Literal:
         if self._quote:
             return self._read_string(char)
         if char.isalnum() or char in "+-._":
-            self._word += char
-            self.is_broken |= len(self._word) > MAX_HELD or self._has_value
+            self.is_broken |= len(self._word) >= MAX_HELD or self._has_value
+            self._word += "" if self.is_broken else char
             return ""
         return self._end_word() + self._read_mark(char)
+
+    def flush(self) -> str:
+        """Return what was held back, as far as it is known what it stands for."""
+        word = self._word
+        text = self._end_word()
+        return word if self.is_broken else text
+
+    @property
+    def held(self) -> str:
+        """What was read and has not been translated."""
+        return self._word + self._escape
 
     def _read_mark(self, char: str) -> str:
         if self.is_broken or char.isspace():
             return ""
+        self.is_broken |= self._has_value and (char in "'\"" or char in _CLOSERS)
+        self.is_broken |= char in _CLOSERS and len(self._closers) >= MAX_DEPTH
+        if self.is_broken:
+            return ""
         if char in "'\"":
-            self.is_broken |= self._has_value
             before = self._before_value()
             self._quote, self._is_text = char, True
             return before + '"'
         if char in _CLOSERS:
-            self.is_broken |= self._has_value or len(self._closers) >= MAX_DEPTH
             before = self._before_value()
             self._closers.append(_CLOSERS[char])
             self._is_at_value.append(char != "{")
@@ -66,7 +83,9 @@ class Literal:
             return ""
         if char in "])}":
             closer, was_value = self._closers.pop(), self._is_at_value.pop()
-            self.is_broken |= char != closer or (self._has_value and not was_value)
+            if char != closer or (self._has_value and not was_value):
+                self.is_broken = True
+                return ""
             self._comma, self._has_value, self._is_text = "", True, False
             return "]" if closer == ")" else closer
         if char == "," and self._has_value and self._is_at_value[-1]:
@@ -87,11 +106,13 @@ class Literal:
     def _end_word(self) -> str:
         if not self._word:
             return ""
-        word, self._word = self._word, ""
-        word = _CONSTANTS.get(word, word)
+        word = _CONSTANTS.get(self._word, self._word)
         if word not in ("true", "false", "null"):
             word = _number(word)
-            self.is_broken |= not word
+        if not word:
+            self.is_broken = True
+            return ""
+        self._word = ""
         return self._before_value() + word
 
     def _read_string(self, char: str) -> str:
@@ -111,13 +132,18 @@ class Literal:
             self._escape = ""
             text = _SIMPLE_ESCAPES.get(char, "\\" + char)
             return json.dumps(text, ensure_ascii=False)[1:-1]
+        if kind and char not in string.hexdigits:
+            self.is_broken = True
+            return ""
         self._escape += char
         if kind and len(self._escape) == 2 + _NUMBERED_ESCAPES[kind]:
-            digits, self._escape = self._escape[2:], ""
-            try:
-                return json.dumps(chr(int(digits, 16)))[1:-1]
-            except (ValueError, OverflowError):
+            code = int(self._escape[2:], 16)
+            if code > sys.maxunicode:
+                self._escape = self._escape[:-1]
                 self.is_broken = True
+                return ""
+            self._escape = ""
+            return json.dumps(chr(code))[1:-1]
         return ""
 
 
@@ -141,7 +167,7 @@ class PythonicReader(CallReader):
             self._head += "" if self._is_called else char
             self._state(char)
             if len(self._head) > MAX_HELD:
-                self._reject()
+                self._reject("")
         elif self._tags.is_holding:
             self._scan(char)
         elif self._may_begin and char == "[":
@@ -171,30 +197,39 @@ class PythonicReader(CallReader):
         elif char == "(" and self._name in self._names:
             self._state = self._expect_key
         elif not (char.isspace() and not self._name):
-            self._reject()
+            self._reject(char)
 
     def _expect_key(self, char: str) -> None:
-        if char.isalnum() or char == "_":
+        if is_of_key(char) and len(self._key) < MAX_KEY:
             self._key += char
         elif char == "=" and self._key:
+            self._expect_equals(char)
+        elif char == ")" and not self._key:
+            self._end_call()
+        elif char.isspace():
+            if self._key:
+                self._state = self._expect_equals
+        else:
+            self._reject(char)
+
+    def _expect_equals(self, char: str) -> None:
+        if char == "=":
             self._begin_call()
             self._argue(("," if self._has_arguments else "{") + json.dumps(self._key) + ":")
             self._key, self._has_arguments = "", True
             self._literal = Literal()
             self._state = self._read_value
-        elif char == ")" and not self._key:
-            self._end_call()
         elif not char.isspace():
-            self._reject()
+            self._reject(char)
 
     def _read_value(self, char: str) -> None:
         literal = self._literal
         assert literal is not None
         text = literal.feed(char)
-        if literal.is_broken:
-            self._reject()
-            return
         self._argue(text)
+        if literal.is_broken:
+            self._reject(char)
+            return
         if literal.is_done:
             self._literal = None
             if char == ",":
@@ -202,15 +237,15 @@ class PythonicReader(CallReader):
             elif char == ")":
                 self._end_call()
             else:
-                self._reject()
+                self._reject(char)
 
     def _expect_comma(self, char: str) -> None:
         if char == ",":
-            self._state = self._expect_name
+            self._state, self._head = self._expect_name, ""
         elif char == "]":
             self._state, self._may_begin, self._head = None, False, ""
         elif not char.isspace():
-            self._reject()
+            self._reject(char)
 
     def _begin_call(self) -> None:
         if not self._is_called:
@@ -224,30 +259,45 @@ class PythonicReader(CallReader):
         self._name, self._is_called, self._has_arguments = "", False, False
         self._state = self._expect_comma
 
-    def _reject(self) -> None:
-        """Take what was held as content; a call that has begun stays as far as it came."""
+    def _reject(self, char: str) -> None:
+        """Take what was held as content; a call that has begun stays as far as it came.
+
+        The character that breaks the list off may begin a tag.
+        """
         if self._is_called:
             self._close_call(is_whole=False)
-        head, self._head = self._head, ""
+            head = self._key + (self._literal.held if self._literal is not None else "")
+        else:
+            head, self._head = self._head[: len(self._head) - len(char)], ""
         self._state, self._literal, self._may_begin = None, None, False
         self._name, self._key, self._is_called = "", "", False
         self._has_arguments = False
         self._say(head)
+        if char:
+            self._scan(char)
 
     def _end(self) -> None:
+        if self._literal is not None:
+            self._argue(self._literal.flush())
         self._say(self._head + self._tags.flush())
+
+
+def is_of_key(char: str) -> bool:
+    """Say whether a keyword may hold a character: JSON schemas name things as Python cannot."""
+    return char.isalnum() or char in "_-.$@"
 
 
 def _number(word: str) -> str:
     """Return a Python number as JSON has it; nothing if it is none."""
     text = word.replace("_", "").lstrip("+")
+    if not set(text) <= _OF_NUMBERS:
+        return ""
     try:
-        value = json.loads(text)
+        json.loads(text)
     except ValueError:
         try:
             value = float(text)  # 1. and .5
         except ValueError:
             return ""
-        text = repr(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return text if is_number and abs(value) < float("inf") else ""
+        return repr(value) if abs(value) < float("inf") else ""
+    return text

@@ -2,7 +2,8 @@
 
 White space that stands between content and a call, or between calls, belongs to the format; all
 other text that is no call is content, and nothing is lost. Characters are taken one by one, so
-that where a text was split cannot matter, and each is looked at once.
+that where a text was split cannot matter, and each is looked at twice at most. What is held back,
+white space too, is bounded by `MAX_HELD`.
 """
 
 from collections.abc import Collection
@@ -49,7 +50,7 @@ class CallReader:
         """Take text as content."""
         kept = text.rstrip()
         if not kept:
-            self._space += text
+            self._hold_space(text)
             return
         if not self._is_after_call:
             self._add_content(self._space)
@@ -58,6 +59,14 @@ class CallReader:
         self._is_after_call = False
         self._add_content(kept)
         self._space = text[len(text.rstrip()) :]
+
+    def _hold_space(self, text: str) -> None:
+        if self._is_after_call:
+            return  # belongs to the call, whatever follows
+        self._space += text
+        if len(self._space) > MAX_HELD:
+            self._add_content(self._space)
+            self._space = ""
 
     def _open_call(self, name: str) -> None:
         self._space = ""
