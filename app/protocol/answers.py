@@ -169,7 +169,7 @@ class TextLogprobs(Part):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[dict[str, float] | None] | None = None
     text_offset: list[int]
 
 
@@ -227,7 +227,6 @@ class ModelCard(Part):
     created: int
     owned_by: str
     root: str
-    parent: None
     max_model_len: int
     precision: str
 

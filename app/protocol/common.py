@@ -69,6 +69,11 @@ class WireModel(BaseModel):
                     raise InvalidRequest(f"'{name}' is not supported by this server.", param=name)
             elif name not in HARMLESS:
                 ignored.append(name)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            # Not those in lists: what messages and tools have besides reaches the template.
+            if isinstance(value, WireModel):
+                ignored += [f"{name}.{inner}" for inner in value.ignored_fields()]
         return ignored
 
 
@@ -177,7 +182,7 @@ class SamplingFields(WireModel):
     model: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

@@ -67,12 +67,12 @@ class LegacyLogprobs:
             self._offset += len(self._tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
             logprobs.append(None if isinstance(entry, int) else max(entry.logprob, -9999.0))
             tops.append(None if isinstance(entry, int) else self._top(entry))
-        return {
+        built: dict[str, object] = {
             "tokens": tokens,
             "token_logprobs": logprobs,
-            "top_logprobs": tops if self._num_top else None,
             "text_offset": offsets,
         }
+        return built | {"top_logprobs": tops} if self._num_top else built
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         """Return the alternatives, the chosen token among them even if it is not of the best."""

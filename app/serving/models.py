@@ -23,7 +23,6 @@ def _card(context: ServingContext, name: str) -> JsonObject:
         "created": context.created,
         "owned_by": "arriero",
         "root": context.model_names[0],
-        "parent": None,
         "max_model_len": context.max_model_len,
         "precision": context.precision,
     }

@@ -60,7 +60,7 @@ def test_what_is_not_a_json_object_is_refused(content):
 
 BAD_VALUES = {
     "temperature": [-0.1, 2.1, "0.5", True, "1e999", [], {}],
-    "top_p": [0, 1.1, "a", True],
+    "top_p": [-0.1, 1.1, "a", True],
     "top_k": [-5, 1.5, 2**40, "1"],
     "min_p": [-0.1, 1.1],
     "presence_penalty": [-2.1, 2.1],

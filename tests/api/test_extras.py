@@ -185,3 +185,27 @@ def test_dry_run_says_what_would_be_and_runs_nothing(url):
         assert first["kv_blocks"] == 2 * -(-(first["prompt_tokens"] + 10) // 16)
 
     run(scenario())
+
+
+def test_parts_of_a_field_that_have_no_effect_are_named():
+    async def scenario():
+        options = {"include_usage": True, "include_obfuscation": False, "x\ny": 1}
+        body = {"prompt": "a", "stream": True, "stream_options": options}
+        response = await post(FakeEngine(says("x")), body)
+        named = response.headers["x-ignored-fields"]
+        assert named == "stream_options.include_obfuscation, stream_options.x_y"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_without_alternatives_have_no_field_for_them(stream):
+    async def scenario():
+        response = await post(
+            FakeEngine(says("x")), {"prompt": "a", "logprobs": 0, "stream": stream}
+        )
+        answers = events(response.text) if stream else [response.json()]
+        logprobs = answers[0]["choices"][0]["logprobs"]
+        assert set(logprobs) == {"tokens", "token_logprobs", "text_offset"}
+
+    run(scenario())

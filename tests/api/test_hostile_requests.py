@@ -59,7 +59,7 @@ def test_broken_json_is_a_400(body):
 
 FAULTS = [
     *[("temperature", value) for value in (-0.1, 2.1, True, "0.5", "nan", [], {})],
-    *[("top_p", value) for value in (0, 1.1, "1")],
+    *[("top_p", value) for value in (-0.1, 1.1, "1")],
     *[("min_p", value) for value in (-0.1, 1.1)],
     *[(name, value) for name in ("presence_penalty", "frequency_penalty") for value in (-2.1, 2.1)],
     *[("repetition_penalty", value) for value in (0, 2.1)],
