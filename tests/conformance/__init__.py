@@ -1,0 +1,1 @@
+"""What the API does, held against OpenAI's published document; writes docs/conformance.md."""
