@@ -82,6 +82,11 @@ def test_extra_fields_of_answers_are_the_known_ones(seen, document):
     }
 
 
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_sdk_knows_all_fields_that_the_document_has(seen, document, kind):
+    assert seen[kind].unknown_to_sdk == set(seen[kind].extras(document, kind))
+
+
 def test_list_of_models_is_as_both_say(document):
     async def scenario():
         async with client_of(engine()) as client:

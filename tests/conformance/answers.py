@@ -5,6 +5,7 @@ The engine is scripted; all else is real. Knows what was asked, not what is righ
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from openai.types import Completion, Model
@@ -101,8 +102,9 @@ class Seen:
     nulls: set[str] = field(default_factory=set)
     by_document: dict[Deviation, set[str]] = field(default_factory=dict)  # -> requests
     by_sdk: dict[Deviation, set[str]] = field(default_factory=dict)
+    unknown_to_sdk: set[str] = field(default_factory=set)  # paths
 
-    def add(self, request: str, answer: object, document: Document, kind: str) -> None:
+    def add(self, request: str, answer: dict, document: Document, kind: str) -> None:
         schema, model = SCHEMAS[kind]
         self.count += 1
         found = list(paths_in(answer))
@@ -112,6 +114,7 @@ class Seen:
             self.by_document.setdefault(deviation, set()).add(request)
         for deviation in sdk_deviations(answer, model):
             self.by_sdk.setdefault(deviation, set()).add(request)
+        self.unknown_to_sdk.update(_sdk_extras(model.construct(**answer)))
 
     def extras(self, document: Document, kind: str) -> list[str]:
         """Return the paths that the document does not have, the topmost of each."""
@@ -134,6 +137,20 @@ def sdk_deviations(answer: object, model: type[BaseModel]) -> set[Deviation]:
             for fault in error.errors(include_url=False)
         }
     return set()
+
+
+def _sdk_extras(value: object, path: str = "") -> Iterator[str]:
+    """Yield the paths that the SDK's types keep as fields that they do not know."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _sdk_extras(item, f"{path}*.")
+    elif isinstance(value, BaseModel):
+        unknown = value.model_extra or {}
+        for name, inner in value:
+            if name in unknown:
+                yield path + name
+            else:
+                yield from _sdk_extras(inner, f"{path}{name}.")
 
 
 async def see(document: Document) -> dict[str, Seen]:
