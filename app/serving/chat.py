@@ -11,7 +11,7 @@ from app.serving.context import ServingContext
 from app.serving.conversation import Rendering, TemplateKwargs, encode_messages
 from app.serving.generation import Caller, ChoiceDelta, Generation, Prompt
 from app.serving.logprobs import chat_logprobs, prompt_logprobs
-from app.serving.message import MessageReader, MessageWriter
+from app.serving.message import MessageReader, MessageWriter, join_fragments
 from app.serving.params import check_length, sampling_params, truncated
 from app.serving.structured import compile_demand, demand_of
 from app.serving.tools import ToolUse, tool_use_of
@@ -256,7 +256,7 @@ def _extend(delta: JsonObject, more: JsonObject) -> None:
     for key, value in more.items():
         before = delta.get(key)
         if isinstance(before, list) and isinstance(value, list):
-            delta[key] = [*before, *value]
+            delta[key] = join_fragments([*before, *value])
         elif isinstance(before, str) and isinstance(value, str):
             delta[key] = f"{before}{value}"
         else:

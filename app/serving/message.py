@@ -81,6 +81,19 @@ def _delta(reasoning: str, events: Sequence[ToolEvent]) -> MessageDelta:
     )
 
 
+def join_fragments(fragments: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return one fragment a call: openai 2.x takes the first chunk's list as one call an entry."""
+    joined: dict[object, JsonObject] = {}
+    for fragment in fragments:
+        before = joined.setdefault(fragment["index"], fragment)
+        if before is not fragment:
+            first, more = before["function"], fragment["function"]
+            assert isinstance(first, dict)
+            assert isinstance(more, dict)
+            before["function"] = first | {"arguments": first["arguments"] + more["arguments"]}
+    return list(joined.values())
+
+
 @dataclass(slots=True)
 class _FoldedCall:
     call_id: str
@@ -112,7 +125,7 @@ class MessageWriter:
             self._content.append(delta.content)
             wire["content"] = delta.content
         if delta.calls:
-            wire["tool_calls"] = [self._call(event) for event in delta.calls]
+            wire["tool_calls"] = join_fragments([self._call(event) for event in delta.calls])
         return wire
 
     def message(self) -> JsonObject:

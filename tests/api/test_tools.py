@@ -50,7 +50,10 @@ def folded(chunks) -> dict:
         delta = choice["delta"]
         message["content"] += delta.get("content") or ""
         message["reasoning"] += delta.get("reasoning_content") or ""
-        for call in delta.get("tool_calls", ()):
+        calls = delta.get("tool_calls", [])
+        # openai 2.x takes the first list of fragments as it is, one call each.
+        assert len({call["index"] for call in calls}) == len(calls)
+        for call in calls:
             if "id" in call:
                 assert call["index"] == len(message["calls"])
                 message["calls"].append([call["function"]["name"], ""])
