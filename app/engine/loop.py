@@ -250,12 +250,11 @@ class StepLoop:
         broken = [inflight.step for inflight in self._inflight]
         self._inflight.clear()
         deliveries = self._address(self._scheduler.fail(broken))
-        if self._num_failed_in_a_row > self._max_failed_in_a_row:
-            self._send(deliveries)
-            deliveries = []
+        if deliveries or self._num_failed_in_a_row > self._max_failed_in_a_row:
+            self._send(deliveries)  # somebody was found guilty, or nobody is in sight
             self._try_device()
-            self._num_failed_in_a_row = 0  # so requests are at fault, one after the other
-        return deliveries
+            self._num_failed_in_a_row = 0
+        return []
 
     def _try_device(self) -> None:
         """Run a step of one token that is nobody's. Raises DeviceLost if even that fails."""

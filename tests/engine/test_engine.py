@@ -321,6 +321,21 @@ def test_device_on_which_no_step_succeeds_is_given_up_and_every_stream_ends():
     asyncio.run(scenario())
 
 
+def test_lost_device_is_noticed_by_the_first_request_that_it_fails():
+    async def scenario():
+        def broken(plan: StepPlan) -> None:
+            raise RuntimeError("device lost")
+
+        async with Running(broken) as engine:
+            assert reasons(await collect(engine.submit(make_request("a")))) == ["error"]
+            deadline = time.monotonic() + 20
+            while engine.is_alive:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+
+
 def test_many_bad_requests_in_a_row_do_not_end_the_engine():
     async def scenario():
         def picky(plan: StepPlan) -> None:
