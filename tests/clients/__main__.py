@@ -39,7 +39,7 @@ def main() -> None:
     commands = {client.name: command_of(client, _tell) for client in chosen}
     found: dict[str, dict[str, Results]] = {client.name: {} for client in chosen}
     logs = cache_folder() / "logs"
-    logs.mkdir(exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for flavour in flavours:
             flags = flags_of(flavour, Path(scratch))

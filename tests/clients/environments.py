@@ -48,6 +48,7 @@ def python_of(name: str, packages: tuple[str, ...], tell: Callable[[str], None])
         tell(f"installing {' '.join(packages)} into {folder}")
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        subprocess.run([*pip, "-U", "pip"], check=True)  # the one of venv may resolve for hours
         subprocess.run([*pip, *packages], check=True)
         stamp.write_text(wanted, "utf-8")
     return python

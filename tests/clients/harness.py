@@ -19,8 +19,7 @@ from tests.clients.environments import cache_folder, python_of
 from tests.clients.servers import KEY, serving
 from tests.toy import write_json, write_toy_checkpoint
 
-# The build of torch for CPUs where pip finds one, else what the project's constraints say.
-PACKAGES = ("lm-eval[api,hf]", "torch")
+PACKAGES = ("lm-eval[api,hf]", "torch")  # whatever build pip finds: its `hf` model alone needs it
 WINDOW = 96  # tokens of context in the rolling task
 TOLERANCE = 1e-3
 
@@ -129,7 +128,7 @@ def scores_of(out: Path) -> dict[str, float]:
     }
 
 
-def responses_of(out: Path, task: str) -> list[object]:
+def responses_of(out: Path, task: str) -> list[list[str]]:
     """Return what the model said of each document, in order."""
     (path,) = out.rglob(f"samples_{task}_*.jsonl")
     samples = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -204,7 +203,7 @@ def compare(ours: Path, theirs: Path) -> bool:
         print_line(f"{task}: {len(pairs)} log-likelihoods, at most {gap:.2e} apart")
     # `hf` decodes what follows the prompt alone, where SentencePiece drops the space in front.
     mine_said, reference_said = (
-        [str(text).strip("[]'\" ") for text in responses_of(out, "generation")]
+        ["".join(texts).strip() for texts in responses_of(out, "generation")]
         for out in (ours, theirs)
     )
     same = sum(a == b for a, b in zip(mine_said, reference_said, strict=True))
