@@ -204,6 +204,7 @@ class ChatAnswer:
                 splitter,
                 tools.reader() if tools else None,
                 ends_with_call=tools is not None and not tools.is_parallel,
+                has_content=tools is None or not tools.is_forced,
             ),
             writer=MessageWriter(include_reasoning=self._request.include_reasoning is not False),
         )

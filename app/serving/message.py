@@ -27,7 +27,8 @@ class MessageDelta:
 class MessageReader:
     """Reads one choice's text, in pieces as they come.
 
-    With `ends_with_call` what a piece holds behind the first whole call is dropped.
+    With `ends_with_call` what a piece holds behind the first whole call is dropped; without
+    `has_content` whatever is no call is a call cut short.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class MessageReader:
         parser: CallReader | None,
         *,
         ends_with_call: bool = False,
+        has_content: bool = True,
     ) -> None:
         self._splitter = splitter
         self._parser = parser
         self._ends_with_call = ends_with_call
+        self._has_content = has_content
 
     @property
     def holds_back(self) -> bool:
@@ -66,6 +69,8 @@ class MessageReader:
         events = self._parser.push(text) if text else []
         if is_last:
             events = [*events, *self._parser.finish()]
+        if not self._has_content:
+            events = [event for event in events if not isinstance(event, Content)]
         if self._ends_with_call:
             kinds = [type(event) for event in events]
             events = events[: kinds.index(CallEnd) + 1] if CallEnd in kinds else events

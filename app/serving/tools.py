@@ -22,6 +22,7 @@ class ToolUse:
     shown: list[dict[str, object]]  # in the prompt
     names: frozenset[str]  # that may be called
     demand: Demand | None
+    is_forced: bool  # nothing but calls is said
     is_parallel: bool
 
     def reader(self) -> CallReader:
@@ -56,22 +57,20 @@ def tool_use_of(
         shown=tools,
         names=frozenset(choice.names or known),
         demand=None,
+        is_forced=choice.mode in ("required", "named"),
         is_parallel=request.parallel_tool_calls is not False and choice.mode != "named",
     )
-    is_forced = choice.mode in ("required", "named")
-    return replace(use, demand=_demand(use, answer, is_forced))
+    return replace(use, demand=_demand(use, answer))
 
 
-def _demand(use: ToolUse, answer: Demand | None, is_forced: bool) -> Demand | None:
+def _demand(use: ToolUse, answer: Demand | None) -> Demand | None:
     """Return the grammar of what may be said; none if anything may."""
-    if answer is None and not is_forced:
+    if use.is_forced:
+        answer = None  # there will be none
+    elif answer is None:
         return None
-    if answer is not None and (is_forced or answer[1].kind != "json_schema"):
-        raise InvalidRequest(
-            f"'{answer[0]}' does not go with "
-            + ("a 'tool_choice' that forces a call." if is_forced else "'tools'."),
-            param=answer[0],
-        )
+    elif answer[1].kind != "json_schema":
+        raise InvalidRequest(f"'{answer[0]}' does not go with 'tools'.", param=answer[0])
     try:
         text = tools_grammar(
             use.format,

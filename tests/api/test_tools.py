@@ -228,10 +228,6 @@ def test_call_cut_by_length_says_so():
         ({"tool_choice": "always"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "rm"}}}, "tool_choice"),
         (
-            {"tool_choice": "required", "response_format": {"type": "json_object"}},
-            "response_format",
-        ),
-        (
             {
                 "tools": [
                     {"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}
@@ -249,6 +245,20 @@ def test_faulty_tools_are_named(fields, param):
         assert response.status_code == 400
         assert response.json()["error"]["param"] == param
         assert engine.requests == []
+
+    run(scenario())
+
+
+def test_forced_call_cut_short_is_no_content_and_needs_no_form():
+    async def scenario():
+        engine = FakeEngine(says(TWO_CALLS.partition("\n")[2]))
+        body = {"tool_choice": "required", "max_tokens": 20}
+        response = await chat(engine, {**body, "response_format": {"type": "json_object"}})
+        choice = response.json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert not choice["message"]["content"]
+        (constraint,) = engine.requests[0].constraints
+        assert constraint.num_allowed(list(b"{}")) == 0
 
     run(scenario())
 

@@ -81,9 +81,11 @@ def _function(tool: ToolSpec) -> tuple[str, dict[str, object]]:
         if not (isinstance(types, list) and "object" in types):
             raise ValueError(f"the parameters of {name} are not those of an object")
         schema["type"] = "object"
-    asks = schema.get("properties") or schema.get("required")
-    if schema.keys() <= _SAYS_NOTHING and not asks:
-        schema["additionalProperties"] = False  # a function without parameters
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if isinstance(properties, dict) and isinstance(required, list):
+        is_listed = all(isinstance(key, str) and key in properties for key in required)
+        if is_listed and schema.keys() <= _SAYS_NOTHING:
+            schema["additionalProperties"] = False  # a function takes what it lists
     return name, schema
 
 
