@@ -51,7 +51,7 @@ async def prepare_chat(context: ServingContext, request: ChatRequest) -> Prepare
         context, request, await encode_messages(context, request.messages, rendering)
     )
     wanted = request.max_completion_tokens or request.max_tokens
-    max_tokens = check_length(context, len(token_ids), wanted)
+    max_tokens = check_length(context, len(token_ids), wanted, param="messages")
     sampling = sampling_params(
         context,
         request,

@@ -61,7 +61,7 @@ async def prepare_completion(
     for wire_prompt in request.prompt:
         whole = await _token_ids(context, request, wire_prompt)
         token_ids = truncated(context, request, whole)
-        check_length(context, len(token_ids), max_tokens)
+        check_length(context, len(token_ids), max_tokens, param="prompt")
         constraints = await compile_demand(context, demand, len(sampling))
         prompts.append(Prompt(token_ids=token_ids, sampling=sampling, constraints=constraints))
         is_cut = len(token_ids) < len(whole)

@@ -177,10 +177,12 @@ def truncated(context: ServingContext, fields: SamplingFields, ids: list[int]) -
     return ids[-limit:]
 
 
-def check_length(context: ServingContext, num_prompt_tokens: int, max_tokens: int | None) -> int:
+def check_length(
+    context: ServingContext, num_prompt_tokens: int, max_tokens: int | None, *, param: str
+) -> int:
     """Return how many tokens may be generated; raises ContextLengthExceeded with the counts.
 
-    None asks for the rest of the context.
+    None asks for the rest of the context. `param` is the field of the prompt.
     """
     room = context.max_model_len - num_prompt_tokens
     if room < 1 if max_tokens is None else max_tokens > room:
@@ -188,6 +190,6 @@ def check_length(context: ServingContext, num_prompt_tokens: int, max_tokens: in
         raise ContextLengthExceeded(
             f"This model's maximum context length is {context.max_model_len} tokens. However, "
             f"your request has {num_prompt_tokens} in the prompt{wanted}. Please reduce either.",
-            param="messages" if max_tokens is None else "max_tokens",
+            param=param if room < 1 or max_tokens is None else "max_tokens",
         )
     return room if max_tokens is None else max_tokens

@@ -187,10 +187,13 @@ def test_body_that_is_not_json_is_a_415():
     run(scenario())
 
 
-@pytest.mark.parametrize("body", [{"prompt": "a" * 300}, {"prompt": "a", "max_tokens": 256}])
-def test_what_cannot_fit_the_context_says_so(body):
+@pytest.mark.parametrize(
+    ("body", "culprit"),
+    [({"prompt": "a" * 300}, "prompt"), ({"prompt": "a", "max_tokens": 256}, "max_tokens")],
+)
+def test_what_cannot_fit_the_context_says_so(body, culprit):
     error = asyncio.run(refusal(json.dumps(body).encode()))
-    assert error["code"] == "context_length_exceeded"
+    assert (error["code"], error["param"]) == ("context_length_exceeded", culprit)
 
 
 @pytest.mark.parametrize("name", ["nope", "../../etc/passwd", "x" * 10**6])

@@ -8,7 +8,7 @@ from app.engine.drafts import NgramSpeculation
 from app.engine.planning import ScheduledStep, fill_masks
 from app.engine.request import Request, Sequence
 from app.engine.scheduler import Scheduler, Update
-from model.step import RunnerLimits, SamplingParams, StepHandle
+from model.step import ConstraintFailed, RunnerLimits, SamplingParams, StepHandle
 from tests.fake_runner import FakeRunner
 
 VOCAB = 64
@@ -112,3 +112,37 @@ class Driver:
             sequence = update.sequence
             key = (sequence.request.request_id, sequence.index)
             self.outputs.setdefault(key, []).append(update.output)
+
+
+class Script:
+    """Forces the next few ids of a list, and notes what it is asked and told."""
+
+    def __init__(self, script=(), *, num_forced=3, ends_at=None, fails_at=None):
+        self.script = script
+        self.accepted = []
+        self.num_seen_at_fill = []
+        self._num_forced = num_forced
+        self._ends_at = ends_at
+        self._fails_at = fails_at
+
+    def fill(self, buffer):
+        self.num_seen_at_fill.append(len(self.accepted))
+        if self._fails_at is not None and len(self.accepted) >= self._fails_at:
+            raise ConstraintFailed("too complex")
+
+    def accept(self, token_ids):
+        self.accepted.extend(token_ids)
+
+    def rollback(self, num_tokens):
+        del self.accepted[-num_tokens:]
+
+    def num_allowed(self, token_ids):
+        return len(token_ids)
+
+    def forced(self):
+        place = len(self.accepted)
+        return tuple(self.script[place : place + self._num_forced])
+
+    @property
+    def is_complete(self):
+        return self._ends_at is not None and len(self.accepted) >= self._ends_at

@@ -3,46 +3,12 @@
 import pytest
 
 from app.engine.drafts import NgramSpeculation
-from model.step import ConstraintFailed, SamplingParams
-from tests.engine.drive import VOCAB, Driver, make_limits
+from model.step import SamplingParams
+from tests.engine.drive import VOCAB, Driver, Script, make_limits
 from tests.fake_runner import expected_tokens
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
-
-
-class Script:
-    """Forces the next few ids of a list, and notes what it is asked and told."""
-
-    def __init__(self, script, *, num_forced=3, ends_at=None, fails_at=None):
-        self.script = script
-        self.accepted = []
-        self.num_filled = 0
-        self._num_forced = num_forced
-        self._ends_at = ends_at
-        self._fails_at = fails_at
-
-    def fill(self, buffer):
-        self.num_filled += 1
-        if self._fails_at is not None and len(self.accepted) >= self._fails_at:
-            raise ConstraintFailed("too complex")
-
-    def accept(self, token_ids):
-        self.accepted.extend(token_ids)
-
-    def rollback(self, num_tokens):
-        del self.accepted[-num_tokens:]
-
-    def num_allowed(self, token_ids):
-        return len(token_ids)
-
-    def forced(self):
-        place = len(self.accepted)
-        return tuple(self.script[place : place + self._num_forced])
-
-    @property
-    def is_complete(self):
-        return self._ends_at is not None and len(self.accepted) >= self._ends_at
 
 
 def run(constraint, sampling=GREEDY, **options):
@@ -74,11 +40,11 @@ def test_each_draft_has_a_mask_and_the_constraint_is_back_where_it_was():
     driver = Driver(make_limits())
     driver.submit("a", PROMPT, GREEDY, constraints=(constraint,))
     driver.round()
-    assert (constraint.num_filled, len(constraint.accepted)) == (1, 1)
+    assert (len(constraint.num_seen_at_fill), len(constraint.accepted)) == (1, 1)
     driver.round()
     assert driver.runner.plans[-1].num_mask_slots == 4
     assert driver.runner.plans[-1].rows[0].mask_slot == 0
-    assert (constraint.num_filled, len(constraint.accepted)) == (5, 5)
+    assert (len(constraint.num_seen_at_fill), len(constraint.accepted)) == (5, 5)
 
 
 def test_forced_tokens_keep_to_the_length_asked_for():

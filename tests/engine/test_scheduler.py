@@ -3,7 +3,7 @@
 import pytest
 
 from model.step import SamplingParams
-from tests.engine.drive import VOCAB, Driver, make_limits
+from tests.engine.drive import VOCAB, Driver, Script, make_limits
 from tests.fake_runner import FakeRunner, expected_tokens
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
@@ -267,31 +267,6 @@ def test_failed_step_empties_the_cache_and_all_start_over():
     assert driver.tokens("b") == expected_tokens(list(range(20, 40)), GREEDY, VOCAB)
 
 
-class OneAtATime:
-    """A constraint that must see each token before it can say what may follow."""
-
-    def __init__(self) -> None:
-        self.accepted: list[int] = []
-        self.num_seen_at_fill: list[int] = []
-
-    def fill(self, buffer):
-        self.num_seen_at_fill.append(len(self.accepted))
-
-    def accept(self, token_ids):
-        self.accepted.extend(token_ids)
-
-    def rollback(self, num_tokens):
-        del self.accepted[-num_tokens:]
-
-    def num_allowed(self, token_ids):
-        return len(token_ids)
-
-    def forced(self):
-        return ()
-
-    is_complete = False
-
-
 def test_rows_whose_removal_was_in_a_failed_step_are_removed_again():
     driver = Driver(make_limits(max_num_seqs=2))
     for name in ("a", "b"):
@@ -310,7 +285,7 @@ def test_rows_whose_removal_was_in_a_failed_step_are_removed_again():
 
 def test_constrained_sequence_waits_for_its_token_while_others_run_ahead():
     driver = Driver(make_limits(max_inflight=2))
-    constraint = OneAtATime()
+    constraint = Script(num_forced=0)
     driver.submit("free", PROMPT, GREEDY)
     driver.submit("bound", PROMPT[::-1], GREEDY, constraints=(constraint,))
     driver.run()

@@ -7,7 +7,7 @@ the name is known.
 import json
 from collections.abc import Callable, Collection
 
-from app.text.tools.reader import MAX_HELD
+from app.text.tools.reader import MAX_HELD, CallReader, TagScanner
 
 _ARGUMENTS = frozenset({"arguments", "parameters"})
 _CLOSERS = {"{": "}", "[": "]"}
@@ -174,3 +174,50 @@ def _text_of(literal: str) -> str:
     except ValueError:
         return ""
     return value if isinstance(value, str) else ""
+
+
+class JsonCallReader(CallReader):
+    """What formats have in common whose calls are such objects.
+
+    `_feed` of a format says where a call may begin; `_head` is what it holds back before one.
+    """
+
+    closing_tag = ""  # may stand where a call lacks its last brace: small models forget it
+
+    def __init__(self, names: Collection[str], *tags: str) -> None:
+        super().__init__(names)
+        self._tags = TagScanner(*tags)
+        self._call: JsonCall | None = None
+        self._head = ""
+
+    def _begin_call(self, brace: str) -> None:
+        self._call = JsonCall(self._names)
+        self._read_call(self._call, brace)
+
+    def _read_call(self, call: JsonCall, char: str) -> None:
+        was_known = call.name is not None
+        arguments = call.feed(char)
+        if call.name is not None and not was_known:
+            self._head = ""
+            self._open_call(call.name)
+        self._argue(arguments)
+        if call.is_broken:
+            self._call = None
+            if call.name is None:
+                self._say(self._take_head() + call.held[:-1])
+            else:
+                is_whole = call.lacks_only_brace and char == self.closing_tag[:1]
+                self._close_call(is_whole=is_whole)
+            if not arguments:
+                self._feed(char)  # it may begin a tag
+        elif call.is_done:
+            self._call = None
+            self._close_call()
+
+    def _take_head(self) -> str:
+        """Return what stands before something that is no call, and forget it."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        held = self._call.held if self._call is not None and self._call.name is None else ""
+        self._say(self._take_head() + held + self._tags.flush())
