@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from app.engine.admission import Admission
 from app.engine.client import EngineRequest, EngineStats, SequenceOutput
 from app.engine.drafts import NgramSpeculation
 from app.engine.loop import (
@@ -26,7 +27,7 @@ from app.engine.loop import (
     Submit,
 )
 from app.engine.scheduler import Scheduler
-from app.errors import ContextLengthExceeded, Draining, EngineDead, Overloaded
+from app.errors import ContextLengthExceeded, Draining, EngineDead
 from model.step import Runner, RunnerLimits
 
 logger = logging.getLogger(__name__)
@@ -43,14 +44,16 @@ class EngineOptions:
     speculation: NgramSpeculation | None = None
     tenant_weights: Mapping[str, float] = field(default_factory=dict)  # 1 where there is none
     max_num_queued_seqs: int = 1024  # waiting sequences beyond which Overloaded is raised
+    max_num_queued_tokens: int = 1 << 20  # the same of prompt tokens of which nothing has come yet
 
 
 class _Stream:
     """The event loop's end of a request: outputs gather here until somebody asks for them."""
 
-    def __init__(self, request_id: str, num_choices: int, send: Callable[[Message], None]) -> None:
-        self._request_id = request_id
-        self._unfinished = set(range(num_choices))
+    def __init__(self, request: EngineRequest, send: Callable[[Message], None]) -> None:
+        self._request_id = request.request_id
+        self._unfinished = set(range(len(request.sampling)))
+        self.num_queued_tokens = len(request.prompt_token_ids)  # 0 from the first output on
         self._send = send
         self._outputs: list[SequenceOutput] = []
         self._has_outputs = asyncio.Event()
@@ -90,7 +93,6 @@ class Engine:
     """EngineClient over a runner in this process. All methods belong to the event loop."""
 
     def __init__(self, runner: Runner, options: EngineOptions) -> None:
-        self._options = options
         self._limits = runner.limits
         scheduler = Scheduler(
             runner.limits,
@@ -100,6 +102,7 @@ class Engine:
         )
         if options.speculation is not None and runner.limits.max_inflight > 1:
             logger.warning("no speculation: this device works ahead of the tokens it would guess")
+        self._admission = Admission(options.max_num_queued_seqs, options.max_num_queued_tokens)
         self._inbox = Inbox()
         self._step_loop = StepLoop(runner, scheduler, self._inbox, self._hand_over)
         self._thread = threading.Thread(target=self._work, name="arriero-engine", daemon=True)
@@ -155,7 +158,8 @@ class Engine:
         """Queue a request. Raises ContextLengthExceeded, Overloaded, Draining or EngineDead."""
         self._check(request)
         assert request.request_id not in self._streams
-        stream = _Stream(request.request_id, len(request.sampling), self._inbox.put)
+        stream = _Stream(request, self._inbox.put)
+        self._admission.enter(stream.num_queued_tokens)
         self._streams[request.request_id] = stream
         self._num_live_seqs += len(request.sampling)
         self._all_done.clear()
@@ -197,8 +201,9 @@ class Engine:
                 f"{len(request.prompt_token_ids)} in the prompt and {max_tokens} for the "
                 "completion were asked for."
             )
-        if self._num_waiting + len(request.sampling) > self._options.max_num_queued_seqs:
-            raise Overloaded("too many requests are waiting; try again later")
+        self._admission.check(
+            self._num_waiting, len(request.sampling), len(request.prompt_token_ids)
+        )
 
     @property
     def _num_waiting(self) -> int:
@@ -278,7 +283,11 @@ class Engine:
             if stream is None:
                 continue
             stream.deliver(output)
-            self._num_live_seqs -= output.finish_reason is not None
+            self._admission.leave(stream.num_queued_tokens)
+            stream.num_queued_tokens = 0
+            if output.finish_reason is not None:
+                self._num_live_seqs -= 1
+                self._admission.end(self._num_live_seqs)
             if stream.is_done:
                 del self._streams[request_id]
         if not self._streams:
@@ -287,6 +296,7 @@ class Engine:
     def _fail_streams(self, error: str) -> None:
         for stream in self._streams.values():
             stream.fail(error)
+            self._admission.leave(stream.num_queued_tokens)
         for question in self._questions:
             if not question.done():
                 question.set_exception(EngineDead(error))

@@ -57,10 +57,12 @@ def open_gate() -> Gate:
 class Running:
     """An engine for the length of a test."""
 
-    def __init__(self, gate: Gate | None = None, **limits: int) -> None:
+    def __init__(
+        self, gate: Gate | None = None, *, max_num_queued_seqs: int = 8, **limits: int
+    ) -> None:
         self.limits: RunnerLimits = make_limits(**limits)
         self.runner = FakeRunner(self.limits, on_launch=gate or open_gate())
-        self.options = EngineOptions(max_num_queued_seqs=8)
+        self.options = EngineOptions(max_num_queued_seqs=max_num_queued_seqs)
 
     async def __aenter__(self) -> Engine:
         self.engine = Engine(self.runner, self.options)
@@ -101,8 +103,9 @@ def test_every_choice_streams_its_tokens_and_ends_once(max_inflight):
 
 def test_many_requests_at_once_all_end_right_in_a_pool_that_is_too_small():
     async def scenario():
-        async with Running(num_blocks=12, max_model_len=32, max_inflight=2) as engine:
-            engine._options = EngineOptions(max_num_queued_seqs=100)
+        async with Running(
+            max_num_queued_seqs=100, num_blocks=12, max_model_len=32, max_inflight=2
+        ) as engine:
             requests = [
                 make_request(str(name), max_tokens=20, prompt=(name, name + 1))
                 for name in range(40)
@@ -188,6 +191,23 @@ def test_full_queue_refuses_and_takes_again_once_it_is_shorter():
             gate.is_open.set()
             await asyncio.gather(*(collect(stream) for stream in streams))
             assert reasons(await collect(engine.submit(make_request("again")))) == ["length"]
+
+    asyncio.run(scenario())
+
+
+def test_prompts_count_as_queued_until_they_have_an_output_or_an_end():
+    async def scenario():
+        gate = Gate()
+        async with Running(gate) as engine:
+            streams = [engine.submit(make_request(name)) for name in ("ends", "is aborted")]
+            assert engine._admission.num_queued_tokens > 0
+            streams[1].abort()
+            gate.is_open.set()
+            await asyncio.gather(*(collect(stream) for stream in streams))
+            assert engine._admission.num_queued_tokens == 0
+            engine.submit(make_request("is cut off"))
+            engine.give_up("over")
+            assert engine._admission.num_queued_tokens == 0
 
     asyncio.run(scenario())
 

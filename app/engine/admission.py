@@ -1,0 +1,74 @@
+"""How much may wait, and when a place will be free again. Knows nothing of who asks.
+
+The queue is bounded by sequences and by prompt tokens: what waits costs memory, and an answer that
+comes too late is worth nothing. Whoever is refused is told to come back when as many places should
+be free as there are callers before it, at the pace at which sequences have ended of late.
+"""
+
+import time
+from collections.abc import Callable
+
+from app.errors import Overloaded
+
+MIN_RETRY_S = 1.0
+MAX_RETRY_S = 60.0
+WEIGHT_OF_LAST = 0.1  # of the last interval between two ends, in their running mean
+
+
+class Admission:
+    """Counts what waits. Used on the event loop only."""
+
+    def __init__(
+        self,
+        max_num_queued_seqs: int,
+        max_num_queued_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_seqs = max_num_queued_seqs
+        self._max_tokens = max_num_queued_tokens
+        self._clock = clock
+        self._num_tokens = 0
+        self._num_refused = 0  # since a place was last free
+        self._last_end_s: float | None = None
+        self._interval_s: float | None = None  # between two ends, the running mean
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of the requests of which nothing has come yet."""
+        return self._num_tokens
+
+    def check(self, num_waiting: int, num_seqs: int, num_tokens: int) -> None:
+        """Raise Overloaded unless so many sequences and prompt tokens more may wait.
+
+        Nothing that waits alone is refused for its length: it fits the context.
+        """
+        is_over = num_waiting + num_seqs > self._max_seqs
+        if is_over or (self._num_tokens and self._num_tokens + num_tokens > self._max_tokens):
+            self._num_refused += 1
+            error = Overloaded("Too many requests are waiting. Please try again later.")
+            error.retry_after_s = self._retry_after_s()
+            raise error
+        self._num_refused = 0
+
+    def _retry_after_s(self) -> float:
+        if self._interval_s is None:
+            return MIN_RETRY_S
+        return min(max(self._num_refused * self._interval_s, MIN_RETRY_S), MAX_RETRY_S)
+
+    def enter(self, num_tokens: int) -> None:
+        """Count the prompt of a request that begins to wait."""
+        self._num_tokens += num_tokens
+
+    def leave(self, num_tokens: int) -> None:
+        """Count out a prompt: its first output has come, or its end."""
+        self._num_tokens -= num_tokens
+
+    def end(self, num_live: int) -> None:
+        """Take note of the end of a sequence, `num_live` of which are left."""
+        now = self._clock()
+        if self._last_end_s is not None:
+            interval_s = now - self._last_end_s
+            mean_s = self._interval_s if self._interval_s is not None else interval_s
+            self._interval_s = mean_s + WEIGHT_OF_LAST * (interval_s - mean_s)
+        # A pause with nothing to do says nothing of the pace.
+        self._last_end_s = now if num_live else None
