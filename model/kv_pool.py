@@ -8,6 +8,9 @@
 K heads lie outermost, so that gathering some slots gives each head a contiguous matrix. Two
 slots behind the blocks belong to nobody: `zero_slot` stays zero and stands for positions that
 a sequence does not have, `trash_slot` takes what padding writes.
+
+In float8_e4m3fn a slot holds key / key scale and value / value scale, one static scale a layer,
+rounded to nearest even and saturating: what lies beyond 448 scales is cut off.
 """
 
 import math
@@ -19,6 +22,7 @@ from torch import Tensor
 from model.config import ModelConfig
 
 INT8_SCALE_BYTES = 4  # of a token's key or value in one head
+FP8_MAX = 448.0
 
 
 class KVPool:
@@ -40,15 +44,35 @@ class KVPool:
         layers = range(config.num_layers)
         self.keys = [_zeros(shape, dtype, device) for _ in layers]
         self.values = [_zeros(shape, dtype, device) for _ in layers]
+        self.key_scales = [1.0 for _ in layers]
+        self.value_scales = [1.0 for _ in layers]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [T, K, D] in slots [T]."""
-        self.keys[layer].index_copy_(1, slots, keys.transpose(0, 1))
-        self.values[layer].index_copy_(1, slots, values.transpose(0, 1))
+        _write(self.keys[layer], slots, keys, self.key_scales[layer])
+        _write(self.values[layer], slots, values, self.value_scales[layer])
 
-    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [K, len(slots), D] of some slots."""
-        return self.keys[layer].index_select(1, slots), self.values[layer].index_select(1, slots)
+    def read(self, layer: int, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values [K, len(slots), D] of some slots, in `dtype`."""
+        return (
+            _read(self.keys[layer], slots, dtype, self.key_scales[layer]),
+            _read(self.values[layer], slots, dtype, self.value_scales[layer]),
+        )
+
+
+def _write(pool: Tensor, slots: Tensor, heads: Tensor, scale: float) -> None:
+    if pool.dtype is torch.float8_e4m3fn:
+        heads = (heads.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(pool.dtype)
+        # torch has no index_copy_ for fp8, but bytes are bytes.
+        pool, heads = pool.view(torch.uint8), heads.view(torch.uint8)
+    pool.index_copy_(1, slots, heads.transpose(0, 1))
+
+
+def _read(pool: Tensor, slots: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    if pool.dtype is torch.float8_e4m3fn:
+        codes = pool.view(torch.uint8).index_select(1, slots).view(pool.dtype)
+        return (codes.to(torch.float32) * scale).to(dtype)
+    return pool.index_select(1, slots).to(dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,6 +24,8 @@ class StepInputs:
     block_tables: Tensor  # [S, blocks of the longest] int64
     query_starts: list[int]  # [S + 1] offsets into T, the padding not counted
     seq_lens: list[int]  # [S] tokens with K/V once the step is done
+    device_query_starts: Tensor | None = None  # [S + 1] int32: the same on the device,
+    device_seq_lens: Tensor | None = None  # [S] int32: where it is known better than on the host
 
 
 class Network(Protocol):

@@ -13,12 +13,15 @@ beyond a row's own position changes nothing: its weights are exactly zero.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from model.attention.backend import Attend
 from model.config import ModelConfig
 from model.kv_pool import KVPool
+from model.layers.rotary import RotaryEmbedding, rotate
 from model.network import StepInputs
 from model.transfer import send, upload_ids
 
@@ -39,9 +42,10 @@ class _KeyBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPlan:
+class _Plan:
     """Where a step's queries and keys are; the same for every layer."""
 
+    rotation: tuple[Tensor, Tensor]  # cosines and sines [T, 1, D], float32
     write_slots: Tensor  # [T]: where each token's K/V goes
     query_tokens: Tensor  # [tiles * positions a tile]: index into T; the padding's is 0
     token_rows: Tensor  # [T]: where a token's result lies among tiles * positions
@@ -51,8 +55,10 @@ class AttentionPlan:
 class PagedAttention:
     """Grouped-query attention of a step's tokens over their sequences' K/V."""
 
-    def __init__(self, config: ModelConfig, pool: KVPool) -> None:
+    def __init__(self, config: ModelConfig, pool: KVPool, rotary: RotaryEmbedding) -> None:
         self._pool = pool
+        self._rotary = rotary
+        self._splits = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._num_kv_heads = config.num_kv_heads
         self._group = config.num_heads // config.num_kv_heads
         self._head_dim = config.head_dim
@@ -61,8 +67,11 @@ class PagedAttention:
         self._num_rows = -(-rows // QUERY_ROWS) * QUERY_ROWS
         self._scale = 1.0 / math.sqrt(config.head_dim)
 
-    def plan(self, inputs: StepInputs) -> AttentionPlan:
+    def plan(self, inputs: StepInputs) -> Attend:
         """Cut the step's queries into tiles and find the slots of their keys."""
+        return partial(self._attend, self._cut(inputs))
+
+    def _cut(self, inputs: StepInputs) -> _Plan:
         device = inputs.positions.device
         width = self._tile_positions
         tiles = []  # (length, sequence, first token, tokens)
@@ -97,7 +106,13 @@ class PagedAttention:
             key_blocks.append(_KeyBlock(num_tiles, slots, is_hidden))
         write_slots = torch.where(inputs.slots < 0, self._pool.trash_slot, inputs.slots)
         token_rows = send(token_rows, device)
-        return AttentionPlan(write_slots, query_tokens.flatten(), token_rows, key_blocks)
+        return _Plan(
+            self._rotary.gather(inputs.positions),
+            write_slots,
+            query_tokens.flatten(),
+            token_rows,
+            key_blocks,
+        )
 
     def _key_slots(self, first_key: int, limits: Tensor, tables: Tensor) -> Tensor:
         """Return the slots [tiles * KEY_BLOCK] of a block of keys; those past a tile are zeros."""
@@ -115,14 +130,14 @@ class PagedAttention:
         rows = torch.nn.functional.pad(rows, (0, self._num_rows - rows.shape[1]))
         return keys > rows[:, :, None]
 
-    def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan
-    ) -> Tensor:
-        """Return the attention output [T, H, D] of queries [T, H, D].
+    def _attend(self, plan: _Plan, layer: int, qkv: Tensor) -> Tensor:
+        """Rotate, write, attend.
 
-        The tokens' keys and values [T, K, D] are written first, all before any is read: rows of
-        one step may share blocks.
+        All keys and values are written before any is read: rows of one step may share blocks.
         """
+        queries, keys, values = torch.split(qkv, self._splits, dim=1)
+        rotation = tuple(each.to(qkv.dtype) for each in plan.rotation)
+        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
         self._pool.write(layer, plan.write_slots, keys, values)
         tiles = self._tile(queries, plan)  # [K, tiles, rows, D]
         best = tiles.new_full((*tiles.shape[:3], 1), -torch.inf, dtype=torch.float32)
@@ -130,7 +145,8 @@ class PagedAttention:
         output = torch.zeros_like(tiles, dtype=torch.float32)
         for block in plan.key_blocks:
             n = block.num_tiles
-            keys, values = self._pool.read(layer, block.slots)  # [K, n * KEY_BLOCK, D]
+            # [K, n * KEY_BLOCK, D]
+            keys, values = self._pool.read(layer, block.slots, queries.dtype)
             scores = self._multiply(tiles[:, :n], keys.view(-1, KEY_BLOCK, self._head_dim).mT)
             if block.is_hidden is not None:
                 scores.masked_fill_(block.is_hidden, -torch.inf)
@@ -141,14 +157,14 @@ class PagedAttention:
             total[:, :n].mul_(keep).add_(weights.sum(-1, keepdim=True))
             values = values.view(-1, KEY_BLOCK, self._head_dim)
             output[:, :n].mul_(keep).add_(self._multiply(weights.to(values.dtype), values))
-        return self._untile(output.div_(total), plan).to(queries.dtype)
+        return self._untile(output.div_(total), plan).to(queries.dtype).flatten(1)
 
     def _multiply(self, tiles: Tensor, columns: Tensor) -> Tensor:
         """Return tiles [K, n, rows, M] @ columns [K * n, M, C] as float32 [K, n, rows, C]."""
         product = torch.bmm(tiles.flatten(0, 1), columns).to(torch.float32)
         return product.view(*tiles.shape[:2], *product.shape[1:])
 
-    def _tile(self, queries: Tensor, plan: AttentionPlan) -> Tensor:
+    def _tile(self, queries: Tensor, plan: _Plan) -> Tensor:
         """Arrange queries as [K, tiles, rows, D], rows padded with zeros."""
         width, group, dim = self._tile_positions, self._group, self._head_dim
         tiles = queries.index_select(0, plan.query_tokens) * self._scale
@@ -156,7 +172,7 @@ class PagedAttention:
         tiles = tiles.reshape(self._num_kv_heads, -1, width * group, dim)
         return torch.nn.functional.pad(tiles, (0, 0, 0, self._num_rows - width * group))
 
-    def _untile(self, output: Tensor, plan: AttentionPlan) -> Tensor:
+    def _untile(self, output: Tensor, plan: _Plan) -> Tensor:
         """Bring [K, tiles, rows, D] back to [T, H, D]."""
         width, group, dim = self._tile_positions, self._group, self._head_dim
         output = output[:, :, : width * group].reshape(self._num_kv_heads, -1, width, group, dim)

@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 
 
-class RMSNorm:
-    """x / rms(x) * weight; the mean of squares is taken in float32, as in the reference."""
+def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add delta to residual [T, hidden] in place; return the sum x as x / rms(x) * weight.
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
-        self.eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of x [T, hidden]."""
-        wide = x.to(torch.float32)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+    The mean of squares is taken in float32, as in the reference.
+    """
+    if delta is not None:
+        residual.add_(delta)
+    wide = residual.to(torch.float32)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(residual.dtype) * weight

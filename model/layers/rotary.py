@@ -26,11 +26,9 @@ class RotaryEmbedding:
         self._cos = (torch.cat([angles, angles], -1).cos() * factor).to(device)
         self._sin = (torch.cat([angles, angles], -1).sin() * factor).to(device)
 
-    def gather(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [T, 1, D] of positions [T]."""
-        cos = self._cos[positions].to(dtype).unsqueeze(1)
-        sin = self._sin[positions].to(dtype).unsqueeze(1)
-        return cos, sin
+    def gather(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [T, 1, D], float32, of positions [T]."""
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
     def half_tables(self) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [max_model_len, D / 2], float32: the other half is the same."""

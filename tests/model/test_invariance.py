@@ -128,13 +128,13 @@ def test_what_a_freed_block_held_does_not_show(model):
     rng = random.Random(2)
     prompt = random_ids(rng, config, 21)
     expected = logits_alone(config, network, prompt)
-    for pool in (network._paged._pool.keys, network._paged._pool.values):
+    for pool in (network._attention._pool.keys, network._attention._pool.values):
         for layer in pool:
-            layer[:, : network._paged._pool.zero_slot] = torch.nan
+            layer[:, : network._attention._pool.zero_slot] = torch.nan
     try:
         assert torch.equal(logits_alone(config, network, prompt), expected)
     finally:
-        for pool in (network._paged._pool.keys, network._paged._pool.values):
+        for pool in (network._attention._pool.keys, network._attention._pool.values):
             for layer in pool:
                 layer.zero_()
 

@@ -1,0 +1,72 @@
+"""What the network computes between its matrix products: in torch, or in Triton on a CUDA card.
+
+The only place that decides for Triton, and the only one that imports its kernels, once it does.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.attention.backend import AttentionBackend
+from model.attention.paged import PagedAttention
+from model.config import ModelConfig
+from model.kv_pool import KVPool
+from model.layers.activation import swiglu
+from model.layers.norm import add_rms_norm
+from model.layers.rotary import RotaryEmbedding
+
+logger = logging.getLogger(__name__)
+
+TRITON_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16
+TRITON_HEAD_DIM = 256  # the widest that the attention kernels have room for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operations:
+    """One way to compute them. The torch functions say what each is."""
+
+    name: str
+    add_rms_norm: Callable[[Tensor | None, Tensor, Tensor, float], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+    attention: Callable[[ModelConfig, KVPool, RotaryEmbedding], AttentionBackend]
+
+
+TORCH = Operations(name="torch", add_rms_norm=add_rms_norm, swiglu=swiglu, attention=PagedAttention)
+
+
+def triton_operations() -> Operations:
+    """Return the kernels. Raises ImportError without triton."""
+    from model.attention.triton import TritonAttention
+    from model.kernels.activation import silu_mul
+    from model.kernels.norm import add_rms_norm
+
+    return Operations(
+        name="triton", add_rms_norm=add_rms_norm, swiglu=silu_mul, attention=TritonAttention
+    )
+
+
+def choose_operations(config: ModelConfig, device: torch.device) -> Operations:
+    """Take Triton where it runs, else torch; say in the log why not."""
+    if device.type != "cuda":
+        return TORCH
+    reason = _why_not_triton(config, device)
+    if reason:
+        logger.warning("attention and norms run in torch, which is slower: %s", reason)
+        return TORCH
+    return triton_operations()
+
+
+def _why_not_triton(config: ModelConfig, device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+        return "the card is older than compute capability 8.0"
+    if config.head_dim > TRITON_HEAD_DIM:
+        return f"heads of {config.head_dim} are wider than {TRITON_HEAD_DIM}"
+    from model.kernels.launch import why_not_working
+
+    return why_not_working(device)
