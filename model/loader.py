@@ -16,6 +16,7 @@ from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
 from model.memory import MemoryPlan, plan_memory
 from model.network import Network
+from model.operations import choose_operations
 from model.precision import DTYPES, KV_DTYPES, Precision, choose_precision
 from model.runner import ModelRunner
 from model.step import Runner, RunnerLimits
@@ -138,7 +139,8 @@ def _torch_network(
     def read(name: str) -> Tensor:
         return weights.read(name).to(device=device, dtype=dtype).contiguous()
 
-    return LlamaNetwork(config, read, pool, plan.max_model_len)
+    operations = choose_operations(config, device)
+    return LlamaNetwork(config, read, pool, plan.max_model_len, operations)
 
 
 def _native_network(
