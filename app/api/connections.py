@@ -7,11 +7,13 @@ the application only the paths of its probes, which are answered when everything
 
 import asyncio
 import ipaddress
+import socket
 import uuid
 from collections import Counter
 from enum import StrEnum
 from http import HTTPStatus
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -40,7 +42,32 @@ NUM_RESERVED = 256  # connections above the cap, on which only probes are answer
 RESERVED_TIMEOUT_S = 2.0
 IDLE_GRACE_S = 1.0  # a connection without a request is not closed for another's sake before
 LINGER_S = 2.0  # for a client to stop sending and read why it was refused
-_NEEDED = ("send_400_response", "on_response_complete", "timeout_keep_alive_handler", "shutdown")
+# A peer that vanished without a word: asked after when nothing has come, given up when nothing that
+# was sent has been acknowledged. Names that a system lacks are left out.
+VANISHED = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 60_000,  # milliseconds
+}
+_NEEDED = (
+    "send_400_response",
+    "on_response_complete",
+    "timeout_keep_alive_handler",
+    "shutdown",
+    "pause_writing",
+    "resume_writing",
+)
+_TRANSPORT = (
+    "abort",
+    "can_write_eof",
+    "get_extra_info",
+    "is_closing",
+    "pause_reading",
+    "resume_reading",
+    "write",
+    "write_eof",
+)
 
 
 class Phase(StrEnum):
@@ -221,9 +248,15 @@ class GuardedProtocol(H11Protocol):
         self.conn = self._strict = StrictConnection()
         self._phase: Phase | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        _ask_after_peer(transport.get_extra_info("socket"))
+        self._close_now = transport.close
+        methods = {name: getattr(transport, name) for name in _TRANSPORT}
+        super().connection_made(
+            cast(asyncio.Transport, SimpleNamespace(**methods, close=self._close))
+        )
         self._peers.admit(self, client_of(self.client), self.loop.time())
         self._strict.only_probes = self._peers.is_reserved(self)
         self._enter(Phase.HEADERS)
@@ -231,6 +264,7 @@ class GuardedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._peers.release(self)
         self._cancel_deadline()
+        self._cancel_stall()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -240,8 +274,25 @@ class GuardedProtocol(H11Protocol):
             super().data_received(data[start : start + SLICE_BYTES])
         self._enter(self._current_phase(Phase.HEADERS))
 
+    def pause_writing(self) -> None:
+        """Give a client that has let its buffers fill as long as one that sends a body."""
+        super().pause_writing()
+        if seconds := self._settings.body_timeout_s:
+            self._stall = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._cancel_stall()
+
+    def _cancel_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._phase is Phase.LEAVING:
+            return
         self._phase = None  # another request, another deadline
         self._enter(self._current_phase(Phase.IDLE))
 
@@ -254,7 +305,7 @@ class GuardedProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         if self._phase in (Phase.LEAVING, Phase.CLOSING):
-            self.transport.close()
+            self._close_now()
             return
         super().shutdown()
         self._enter(self._current_phase(Phase.IDLE))
@@ -315,11 +366,25 @@ class GuardedProtocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if not can_answer:
-            self.transport.close()
+            self._close_now()
             self._enter(Phase.CLOSING)
             return
         self.transport.write(self._answer(error))
-        # Closing at once with bytes unread would reset the connection and lose the answer.
+        self._linger()
+
+    def _close(self) -> None:
+        """Close, unless the client still sends: it shall read its answer first."""
+        is_sending = self.conn.their_state is h11.SEND_BODY
+        if is_sending and not self.transport.is_closing() and self._phase is not Phase.LEAVING:
+            self._linger()
+        else:
+            self._close_now()
+
+    def _linger(self) -> None:
+        """Say that nothing more will come, and drop what is still sent, for a while.
+
+        Closing at once with bytes unread would reset the connection and lose the answer.
+        """
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
@@ -337,6 +402,16 @@ class GuardedProtocol(H11Protocol):
         lines = [b"HTTP/1.1 %d %s" % (status, status.phrase.encode())]
         lines += [b"%s: %s" % header for header in headers]
         return b"\r\n".join([*lines, b"", bytes(response.body)])
+
+
+def _ask_after_peer(peer: socket.socket) -> None:
+    """Have the kernel notice a peer that has vanished."""
+    if peer.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in VANISHED.items():
+        if (option := getattr(socket, name, None)) is not None:
+            peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def client_of(address: tuple[str, int] | None) -> str:
