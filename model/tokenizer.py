@@ -61,6 +61,10 @@ class Tokenizer(Protocol):
         """Return the exact bytes of an id; a special token's are those of its text."""
         ...
 
+    def whole_text(self, token_id: int) -> str | None:
+        """Return an id's text if its bytes are whole characters; None for parts of one."""
+        ...
+
     def is_special(self, token_id: int) -> bool:
         """True for control tokens, which `skip_special_tokens` leaves out of text."""
         ...

@@ -50,6 +50,12 @@ class ByteTokenizer:
                     text = text[1:]
         return ids
 
+    def whole_text(self, token_id: int) -> str | None:
+        try:
+            return self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return None
+
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 256:
             return bytes([token_id])

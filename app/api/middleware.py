@@ -29,8 +29,9 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 class Gate:
     """Names each request, lets in who has a key, and turns stray exceptions into a 500.
 
-    What is behind it finds in the scope's state `request_id` and `key_name`, the latter None where
-    no key is asked for.
+    What is behind it finds in the scope's state `request_id`, `key_name`, None where no key is
+    asked for, and `send`, the server's own: a stream's body may go there directly, past the layers
+    that only change how an answer starts.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[ApiKey] = ()) -> None:
@@ -46,6 +47,7 @@ class Gate:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["key_name"] = None
+        state["send"] = send
         has_started = False
         arrival_s = time.monotonic()
 

@@ -4,7 +4,6 @@ Either way the client's going away ends the work: Starlette would not tell a pla
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import TypeVar
@@ -15,12 +14,11 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.errors import error_body, error_response
 from app.errors import ServiceError
-from app.serving.answer import Answer, JsonObject
+from app.serving.answer import Answer, encode_json
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 15.0
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 Result = TypeVar("Result")
@@ -74,11 +72,12 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._answer = answer
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             await send(start)
-            await unless_gone(receive, self._send_events(send))
+            # What stands between looks at the start of an answer alone.
+            await unless_gone(receive, self._send_events(scope["state"]["send"]))
         except ClientDisconnect:
             logger.debug("client gone")
         finally:
@@ -93,17 +92,18 @@ class EventStream(Response):
 
     async def _lines(self) -> AsyncIterator[bytes]:
         try:
-            async for event in self._answer.events():
-                yield encode_event(event)
+            async for chunks in self._answer.events():
+                yield b"data: %b\n\n" % b"\n\ndata: ".join(chunks)
         except ServiceError as error:
-            yield encode_event(error_body(error))
+            yield b"data: %b\n\n" % encode_json(error_body(error))
+            return
+        except Exception:
+            # Nobody behind this could still tell the client: its answer has begun.
+            logger.exception("a stream failed")
+            failure = ServiceError("The server had an internal error.")
+            yield b"data: %b\n\n" % encode_json(error_body(failure))
             return
         yield b"data: [DONE]\n\n"
-
-
-def encode_event(event: JsonObject) -> bytes:
-    """Return one event's bytes; JSON has no line breaks of its own."""
-    return b"data: " + _encode(event).encode("utf-8") + b"\n\n"
 
 
 async def send_kept_alive(

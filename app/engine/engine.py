@@ -56,7 +56,7 @@ class _Stream:
         self.num_queued_tokens = len(request.prompt_token_ids)  # 0 from the first output on
         self._send = send
         self._outputs: list[SequenceOutput] = []
-        self._has_outputs = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # the reader, if it waits
 
     @property
     def is_done(self) -> bool:
@@ -66,7 +66,8 @@ class _Stream:
         if output.finish_reason is not None:
             self._unfinished.discard(output.index)
         self._outputs.append(output)
-        self._has_outputs.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def fail(self, error: str) -> None:
         """End every choice that is left with an error."""
@@ -74,9 +75,11 @@ class _Stream:
             self.deliver(SequenceOutput(index=index, finish_reason="error", error=error))
 
     async def __aiter__(self) -> AsyncIterator[Sequence[SequenceOutput]]:
+        loop = asyncio.get_running_loop()
         while self._outputs or self._unfinished:
-            await self._has_outputs.wait()
-            self._has_outputs.clear()
+            if not self._outputs:
+                self._waiter = loop.create_future()
+                await self._waiter
             outputs, self._outputs = self._outputs, []
             yield outputs
 

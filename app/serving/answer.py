@@ -1,12 +1,33 @@
 """An answer under way: the same events are streamed, or folded into one body."""
 
-from collections.abc import AsyncIterator
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from app.protocol.common import SamplingFields
 
 JsonObject = dict[str, object]
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def encode_json(value: JsonObject) -> bytes:
+    """Return the JSON of a chunk; it has no line breaks of its own."""
+    return _encode(value).encode()
+
+
+class TextChunks:
+    """The chunks of one choice that differ in their text alone: the rest is encoded once."""
+
+    def __init__(self, chunk_of: Callable[[str], JsonObject]) -> None:
+        mark = uuid.uuid4().hex
+        self._before, self._after = _encode(chunk_of(mark)).split(_encode(mark))
+
+    def encode(self, text: str) -> bytes:
+        """Return what `encode_json` makes of the chunk with this text."""
+        return f"{self._before}{_encode(text)}{self._after}".encode()
 
 
 class Answer(Protocol):
@@ -15,8 +36,8 @@ class Answer(Protocol):
     Either `events` or `body` is consumed, once; `abort` is called whatever happens.
     """
 
-    def events(self) -> AsyncIterator[JsonObject]:
-        """Yield the chunks of a stream, ready for the wire."""
+    def events(self) -> AsyncIterator[Sequence[bytes]]:
+        """Yield the chunks of a stream as JSON, at each wake-up all that have come."""
         ...
 
     async def body(self) -> JsonObject:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from app.errors import InvalidRequest
 from app.protocol.chat import ChatRequest
-from app.serving.answer import JsonObject, usage_options
+from app.serving.answer import JsonObject, TextChunks, encode_json, usage_options
 from app.serving.context import ServingContext
 from app.serving.conversation import Rendering, TemplateKwargs, encode_messages
 from app.serving.generation import Caller, ChoiceDelta, Generation, Prompt
@@ -125,6 +125,7 @@ class ChatAnswer:
         self._request = prepared.request
         self._prepared = prepared
         self._generation = generation
+        self._usage = usage_options(prepared.request)
         self._choices = [self._new_choice() for _ in prepared.prompt.sampling]
         self._head: JsonObject = {
             "id": f"chatcmpl-{request_id}",
@@ -139,47 +140,76 @@ class ChatAnswer:
     def timing(self) -> dict[str, float]:
         return self._generation.timing()
 
-    async def events(self) -> AsyncIterator[JsonObject]:
+    async def events(self) -> AsyncIterator[Sequence[bytes]]:
         """Yield the role of each choice, a chunk a delta, then usage if asked for."""
-        usage = usage_options(self._request)
-        head = {**self._head, "object": "chat.completion.chunk"}
+        roles = []
         for index in range(len(self._choices)):
-            delta: JsonObject = {"role": "assistant", "content": ""}
-            choice: JsonObject = {"index": index, "delta": delta, "finish_reason": None}
-            chunk = {**head, "choices": [choice | {"logprobs": None}]}
+            chunk = self._chunk(self._wire_choice(index, {"role": "assistant", "content": ""}))
             if self._request.return_token_ids and not index:
                 chunk["prompt_token_ids"] = self._prepared.prompt.token_ids
-            yield chunk
-        async for piece in self._generation.deltas():
-            delta = self._take(piece)
-            reason = self._choices[piece.index].finish_reason
-            if not (delta or reason or self._request.logprobs or self._request.return_token_ids):
-                continue  # held back: it may be part of a call
-            choice = {
-                "index": piece.index,
-                "delta": delta,
-                "logprobs": self._logprobs(piece.logprobs),
-                "finish_reason": reason,
-            }
-            if piece.stop_reason is not None:
-                choice["stop_reason"] = piece.stop_reason
-            if self._request.return_token_ids:
-                choice["token_ids"] = piece.token_ids
-            chunk = {**head, "choices": [choice]}
-            if usage.in_each:
-                chunk["usage"] = self._generation.usage.to_wire()
-            yield chunk
-        if usage.at_end:
-            yield {**head, "choices": [], "usage": self._generation.usage.to_wire()}
+            roles.append(encode_json(chunk))
+        yield roles
+        forms = self._text_forms()
+        async for pieces in self._generation.deltas():
+            chunks: list[bytes] = []
+            for piece in pieces:
+                if forms and piece.finish_reason is None:
+                    chunks.append(forms[piece.index].encode(piece.text))
+                elif (event := self._event(piece)) is not None:
+                    chunks.append(encode_json(event))
+            if chunks:
+                yield chunks
+        if self._usage.at_end:
+            yield [encode_json({**self._chunk(), "usage": self._generation.usage.to_wire()})]
+
+    def _text_forms(self) -> list[TextChunks]:
+        """Return what makes each choice's chunks if its text is all that they tell; else nothing.
+
+        Then nothing of a piece is held back, and what no reader of a stream asks for is not kept.
+        """
+        request = self._request
+        has_more = request.logprobs or request.return_token_ids or self._usage.in_each
+        is_scored = request.prompt_logprobs is not None
+        if has_more or is_scored or any(choice.reader.holds_back for choice in self._choices):
+            return []
+
+        def form(index: int) -> TextChunks:
+            return TextChunks(lambda text: self._chunk(self._wire_choice(index, {"content": text})))
+
+        return [form(index) for index in range(len(self._choices))]
+
+    def _chunk(self, *choices: JsonObject) -> JsonObject:
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+
+    def _wire_choice(self, index: int, delta: JsonObject) -> JsonObject:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _event(self, piece: ChoiceDelta) -> JsonObject | None:
+        """Return the chunk of a piece; None while it is held back: it may be part of a call."""
+        delta = self._take(piece)
+        reason = self._choices[piece.index].finish_reason
+        if not (delta or reason or self._request.logprobs or self._request.return_token_ids):
+            return None
+        choice = self._wire_choice(piece.index, delta)
+        choice |= {"logprobs": self._logprobs(piece.logprobs), "finish_reason": reason}
+        if piece.stop_reason is not None:
+            choice["stop_reason"] = piece.stop_reason
+        if self._request.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+        chunk = self._chunk(choice)
+        if self._usage.in_each:
+            chunk["usage"] = self._generation.usage.to_wire()
+        return chunk
 
     async def body(self) -> JsonObject:
-        async for piece in self._generation.deltas():
-            self._take(piece)
-            choice = self._choices[piece.index]
-            choice.logprobs += piece.logprobs
-            choice.prompt_logprobs += piece.prompt_logprobs
-            choice.token_ids += piece.token_ids
-            choice.stop_reason = piece.stop_reason
+        async for pieces in self._generation.deltas():
+            for piece in pieces:
+                self._take(piece)
+                choice = self._choices[piece.index]
+                choice.logprobs += piece.logprobs
+                choice.prompt_logprobs += piece.prompt_logprobs
+                choice.token_ids += piece.token_ids
+                choice.stop_reason = piece.stop_reason
         body: JsonObject = {
             **self._head,
             "object": "chat.completion",

@@ -2,13 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from app.errors import InvalidRequest
 from app.protocol.completions import CompletionRequest
 from app.protocol.completions import Prompt as WirePrompt
-from app.serving.answer import JsonObject, usage_options
+from app.serving.answer import JsonObject, TextChunks, encode_json, usage_options
 from app.serving.context import ServingContext
 from app.serving.generation import Caller, ChoiceDelta, Generation, Prompt
 from app.serving.logprobs import LegacyLogprobs, prompt_logprobs
@@ -158,6 +158,7 @@ class CompletionAnswer:
             )
             for _ in range(len(prepared.prompts) * self._num_each)
         ]
+        self._usage = usage_options(prepared.request)
         self._started: set[int] = set()
         self._head: JsonObject = {
             "id": f"cmpl-{request_id}",
@@ -173,42 +174,67 @@ class CompletionAnswer:
     def timing(self) -> dict[str, float]:
         return self._generation.timing()
 
-    async def events(self) -> AsyncIterator[JsonObject]:
+    async def events(self) -> AsyncIterator[Sequence[bytes]]:
         """Yield a chunk a delta, then usage if asked for."""
-        usage = usage_options(self._request)
-        async for delta in self._generation.deltas():
-            is_first = delta.index not in self._started
-            text, entries = self._with_echo(delta)
-            choice: JsonObject = {
-                "index": delta.index,
-                "text": text,
-                "logprobs": self._logprobs(delta.index, entries),
-                "finish_reason": delta.finish_reason,
-            }
-            if delta.stop_reason is not None:
-                choice["stop_reason"] = delta.stop_reason
-            if self._request.return_token_ids:
-                choice["token_ids"] = delta.token_ids
-                if is_first:
-                    choice["prompt_token_ids"] = self._prompt(delta.index).token_ids
-            chunk = {**self._head, "choices": [choice]}
-            if usage.in_each:
-                chunk["usage"] = self._generation.usage.to_wire()
-            yield chunk
-        if usage.at_end:
-            yield {**self._head, "choices": [], "usage": self._generation.usage.to_wire()}
+        forms = self._text_forms()
+        async for deltas in self._generation.deltas():
+            yield [
+                forms[delta.index].encode(delta.text)
+                if forms and delta.finish_reason is None
+                else encode_json(self._event(delta))
+                for delta in deltas
+            ]
+        if self._usage.at_end:
+            yield [encode_json({**self._chunk(), "usage": self._generation.usage.to_wire()})]
+
+    def _text_forms(self) -> list[TextChunks]:
+        """Return what makes each choice's chunks if its text is all that they tell; else nothing."""
+        request = self._request
+        has_more = request.logprobs is not None or request.return_token_ids or request.echo
+        if has_more or self._usage.in_each:
+            return []
+
+        def form(index: int) -> TextChunks:
+            return TextChunks(lambda text: self._chunk(self._wire_choice(index, text)))
+
+        return [form(index) for index in range(len(self._legacy))]
+
+    def _chunk(self, *choices: JsonObject) -> JsonObject:
+        return {**self._head, "choices": choices}
+
+    def _wire_choice(self, index: int, text: str) -> JsonObject:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def _event(self, delta: ChoiceDelta) -> JsonObject:
+        """Return the chunk of a delta."""
+        is_first = delta.index not in self._started
+        text, entries = self._with_echo(delta)
+        choice = self._wire_choice(delta.index, text)
+        choice["logprobs"] = self._logprobs(delta.index, entries)
+        choice["finish_reason"] = delta.finish_reason
+        if delta.stop_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._request.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = self._prompt(delta.index).token_ids
+        chunk = self._chunk(choice)
+        if self._usage.in_each:
+            chunk["usage"] = self._generation.usage.to_wire()
+        return chunk
 
     async def body(self) -> JsonObject:
         folded = [_FoldedChoice() for _ in self._legacy]
-        async for delta in self._generation.deltas():
-            choice = folded[delta.index]
-            text, entries = self._with_echo(delta)
-            choice.text += text
-            choice.entries += entries
-            choice.token_ids += delta.token_ids
-            choice.prompt_logprobs += delta.prompt_logprobs
-            choice.logprob += sum(entry.logprob for entry in delta.logprobs)
-            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+        async for deltas in self._generation.deltas():
+            for delta in deltas:
+                choice = folded[delta.index]
+                text, entries = self._with_echo(delta)
+                choice.text += text
+                choice.entries += entries
+                choice.token_ids += delta.token_ids
+                choice.prompt_logprobs += delta.prompt_logprobs
+                choice.logprob += sum(entry.logprob for entry in delta.logprobs)
+                choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
         kept = self._best(folded)
         choices = [self._choice(index, folded[place], place) for index, place in enumerate(kept)]
         return {**self._head, "choices": choices, "usage": self._generation.usage.to_wire()}

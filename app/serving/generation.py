@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from app.engine.client import EngineRequest, RequestStream, SequenceOutput
-from app.errors import DeadlineExceeded, Draining, EngineFailed
+from app.errors import DeadlineExceeded, Draining, EngineFailed, ServiceError
 from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
@@ -164,13 +164,26 @@ class Generation:
         self._is_late = True
         self.abort()
 
-    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Yield deltas until every choice has ended. Raises EngineFailed or Draining."""
+    async def deltas(self) -> AsyncIterator[Sequence[ChoiceDelta]]:
+        """Yield, at each wake-up, the deltas that have come, until every choice has ended.
+
+        Raises EngineFailed, Draining or DeadlineExceeded behind the deltas that came before.
+        """
         async for first, stream, outputs in _merged(self._streams):
+            deltas = []
+            failure = None
             for output in outputs:
-                delta = self._take(first, stream, output)
+                try:
+                    delta = self._take(first, stream, output)
+                except ServiceError as error:
+                    failure = error
+                    break
                 if delta is not None:
-                    yield delta
+                    deltas.append(delta)
+            if deltas:
+                yield deltas
+            if failure is not None:
+                raise failure
 
     def _take(
         self, first: int, stream: RequestStream, output: SequenceOutput

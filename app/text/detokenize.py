@@ -5,7 +5,7 @@ not; here it is only cut differently. Knows nothing of stop strings.
 """
 
 import codecs
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 
 from model.tokenizer import Tokenizer
 
@@ -25,9 +25,11 @@ class IncrementalDetokenizer:
         self._is_special = tokenizer.is_special
         self._shown = shown_token_ids
         self._skips = skip_special_tokens
+        self._whole_text = tokenizer.whole_text
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_midway = False  # bytes of a character are held back
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """Return the characters that these ids complete."""
         if self._skips:
             token_ids = [
@@ -35,7 +37,13 @@ class IncrementalDetokenizer:
                 for token_id in token_ids
                 if not self._is_special(token_id) or token_id in self._shown
             ]
-        return self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+        if len(token_ids) == 1 and not self._is_midway:
+            text = self._whole_text(token_ids[0])
+            if text is not None:
+                return text  # nearly every token: nothing to decode, nothing held back
+        text = self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+        self._is_midway = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Return what stands for bytes that never became a character."""

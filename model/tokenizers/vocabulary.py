@@ -5,6 +5,7 @@ tokens count, BOS and the bytes of ids; a `PlainEncoder` (tokenizers or sentence
 stretches between. Knows no file.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -71,6 +72,7 @@ class VocabularyTokenizer:
         self._bytes = [*token_bytes, *(b"" for _ in range(size - len(token_bytes)))]
         for token in self._added.values():
             self._bytes[token.id] = token.text.encode()
+        self._whole_texts: dict[int, str | None] = {}  # of the ids that have been asked for
         self._special_ids = frozenset(token.id for token in self._added.values() if token.special)
         self._facts = facts
         bos = self._added.get(facts.special_token_texts.get("bos_token", ""))
@@ -128,6 +130,18 @@ class VocabularyTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return an id's bytes; none for one that the embedding has and the vocabulary has not."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
+
+    def whole_text(self, token_id: int) -> str | None:
+        """Return an id's text if its bytes are whole characters; None for parts of one."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            text: str | None = None
+            with contextlib.suppress(UnicodeDecodeError):
+                text = self.token_bytes(token_id).decode()
+            if 0 <= token_id < len(self._bytes):  # no more entries than there are ids
+                self._whole_texts[token_id] = text
+            return text
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids

@@ -1,0 +1,260 @@
+"""Time everything but the model: streams of a server whose runner only keeps time.
+
+    scripts/bench-host                               256 chat streams, steps of 10 ms
+    scripts/bench-host --endpoint completions --step-ms 0
+
+The runner "computes" each step in a fixed time and gives out the ids of a real text, so what is
+left is what a step costs the host: scheduling, detokenising, JSON, server-sent events, HTTP. The
+client is a process of its own and counts events; its CPU time is reported too.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import httpx
+
+from app.api.connections import EdgeConfig
+from app.bench.process import ServerProcess, free_port, last_line
+from app.cli import parse
+from app.factory import create_app
+from app.main import DrainingServer, bind, make_context, set_up_logging
+from app.settings import read_environment
+from model.loader import LoadedModel, inspect_model
+from model.step import (
+    FillMasks,
+    NewRow,
+    RowResult,
+    RunnerLimits,
+    StepHandle,
+    StepPlan,
+    StepResult,
+)
+from model.tokenizers import load_tokenizer
+from model.weights.checkpoint import open_checkpoint
+
+TEXT = (
+    "The pack llamas walked slowly up the mountain path, each with a bundle of wool, while the "
+    "arriero whistled an old tune. Below them the valley lay in the morning light: fields of "
+    'quinoa, a river, and the white walls of the village. "How far is it to the pass?" asked the '
+    'boy. "Three hours," said his grandfather, "or four, if the snow has come early."\n'
+)
+
+PROMPT = "Tell me of the llamas."
+NUM_CONTEXT = 2048
+
+
+class TimedRunner:
+    """A Runner that takes a fixed time a step and continues every row with the same text."""
+
+    def __init__(self, token_ids: list[int], num_streams: int, vocab_size: int, step_s: float):
+        self._token_ids = token_ids
+        self._step_s = step_s
+        self._due_s: dict[int, float] = {}
+        self._last_due_s = 0.0
+        self.limits = RunnerLimits(
+            max_num_seqs=num_streams,
+            max_num_batched_tokens=max(2048, num_streams),
+            max_model_len=NUM_CONTEXT,
+            block_size=16,
+            num_blocks=num_streams * NUM_CONTEXT // 16,
+            vocab_size=vocab_size,
+            max_inflight=2,
+        )
+
+    def launch(self, plan: StepPlan, fill_masks: FillMasks) -> StepHandle:
+        """Put a step behind the last one: it ends `step_s` after that, or after now."""
+        del fill_masks
+        self._last_due_s = max(self._last_due_s, time.monotonic()) + self._step_s
+        self._due_s[plan.step_id] = self._last_due_s
+        return StepHandle(plan=plan)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Sleep until the step is over; the GIL is free meanwhile, as it is beside a device."""
+        plan, ids = handle.plan, self._token_ids
+        left_s = self._due_s.pop(plan.step_id) - time.monotonic()
+        if left_s > 0:
+            time.sleep(left_s)
+        rows = tuple(
+            RowResult(
+                row=row.row,
+                token_ids=(ids[(row.start + row.num_tokens) % len(ids)],) if row.sample else (),
+            )
+            for row in plan.rows
+        )
+        return StepResult(step_id=plan.step_id, rows=rows)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Run the whole service, as `arriero serve` does, over a runner that only keeps time."""
+    command = parse(
+        ["serve", *([args.model] if args.model else []), "--port", str(args.port)],
+        read_environment(),
+    )
+    checkpoint = open_checkpoint(command.load)
+    vocab_size = checkpoint.config.vocab_size
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, expected_vocab_size=vocab_size)
+    checkpoint.close()
+    token_ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    runner = TimedRunner(token_ids, args.streams, vocab_size, args.step_ms / 1000)
+    loaded = LoadedModel(info=inspect_model(command.load), runner=runner, tokenizer=tokenizer)
+    set_up_logging(command.server.log_level)
+    context = make_context(command, loaded)
+    listener = bind(command.server)
+    config = EdgeConfig(create_app(context, command.server), command.server)
+    DrainingServer(config, context.engine, 1.0).run(sockets=[listener])
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has come of all streams so far."""
+
+    num_events: int = 0
+    num_reads: int = 0
+    num_open: int = 0
+    num_done: int = 0
+    all_open: asyncio.Event = field(default_factory=asyncio.Event)
+    first_done: asyncio.Event = field(default_factory=asyncio.Event)
+    all_done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class StreamClient(asyncio.Protocol):
+    """One stream, read as fast as a client can that only counts events."""
+
+    NEEDLE = b'data: {"id"'
+
+    def __init__(self, request: bytes, tally: Tally, num_streams: int) -> None:
+        self._request = request
+        self._tally = tally
+        self._num_streams = num_streams
+        self._tail = b""
+        self.num_events = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        tally = self._tally
+        text = self._tail + data
+        num_events = text.count(self.NEEDLE)
+        self._tail = text[1 - len(self.NEEDLE) :]
+        tally.num_reads += 1
+        if num_events and not self.num_events:
+            tally.num_open += 1
+            if tally.num_open == self._num_streams:
+                tally.all_open.set()
+        self.num_events += num_events
+        tally.num_events += num_events
+        if b"data: [DONE]" in text:
+            tally.first_done.set()
+            tally.num_done += 1
+            self._transport.close()
+            if tally.num_done == self._num_streams:
+                tally.all_done.set()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """One run, between the moments when all streams are open and when the first ends."""
+
+    tokens_per_s: float
+    server_us_per_token: float  # CPU time of all the server's threads
+    client_us_per_token: float
+    events_per_read: float
+    num_events: int
+    num_expected: int
+
+
+def request_of(args: argparse.Namespace, port: int) -> bytes:
+    """The bytes of one request for `args.tokens` tokens as a stream."""
+    body: dict[str, object] = {"max_tokens": args.tokens, "stream": True, "ignore_eos": True}
+    body |= {"temperature": 0}
+    path = "/v1/completions"
+    if args.endpoint == "chat":
+        path = "/v1/chat/completions"
+        body["messages"] = [{"role": "user", "content": PROMPT}]
+    else:
+        body["prompt"] = PROMPT
+    payload = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n" % len(payload) + payload
+
+
+def _same(client: StreamClient) -> StreamClient:
+    return client
+
+
+async def measure(args: argparse.Namespace, port: int, server: ServerProcess) -> Figures:
+    """Open all streams at once and read them to their ends."""
+    loop = asyncio.get_running_loop()
+    tally = Tally()
+    request = request_of(args, port)
+    clients = [StreamClient(request, tally, args.streams) for _ in range(args.streams)]
+    for client in clients:
+        await loop.create_connection(partial(_same, client), "127.0.0.1", port)
+    await tally.all_open.wait()
+    started_s, server_s = time.monotonic(), server.cpu_seconds()
+    own_s, before, reads = time.process_time(), tally.num_events, tally.num_reads
+    await tally.first_done.wait()
+    seconds, num = time.monotonic() - started_s, tally.num_events - before
+    server_s, own_s = server.cpu_seconds() - server_s, time.process_time() - own_s
+    reads = tally.num_reads - reads
+    await tally.all_done.wait()
+    num_extra = 1 if args.endpoint == "chat" else 0  # the role
+    return Figures(
+        tokens_per_s=num / seconds,
+        server_us_per_token=1e6 * server_s / num,
+        client_us_per_token=1e6 * own_s / num,
+        events_per_read=num / max(reads, 1),
+        num_events=tally.num_events,
+        num_expected=args.streams * (args.tokens + num_extra),
+    )
+
+
+async def run_rounds(args: argparse.Namespace) -> list[Figures]:
+    """Start the server, warm it up, and measure so many rounds."""
+    port = free_port()
+    log = read_environment().cache_dir / "bench" / "host.log"
+    command = [sys.executable, "-m", "app.bench.host", "--serve", "--port", str(port)]
+    command += ["--streams", str(args.streams), "--step-ms", str(args.step_ms)]
+    command += ["--model", args.model] if args.model else []
+    with ServerProcess(command, log) as server:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            await server.wait_ready(client, "/health/ready")
+        figures = []
+        for number in range(args.rounds + 1):
+            figure = await measure(args, port, server)
+            if number:  # the first is the warm-up
+                figures.append(figure)
+                print(figure, flush=True)
+        return figures
+
+
+def main() -> None:
+    """Parse the command line, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=512, help="of each stream")
+    parser.add_argument("--step-ms", type=float, default=10.0)
+    parser.add_argument("--endpoint", choices=["chat", "completions"], default="chat")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", help="whose tokenizer and template to use; the demo model's")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args)
+        return
+    figures = asyncio.run(run_rounds(args))
+
+
+if __name__ == "__main__":
+    main()
