@@ -23,7 +23,8 @@ from model.kernels.paged_prefill import PagedStep, Tiling
 
 MAX_SPLITS = 32
 MIN_SPLIT_KEYS = 256
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+_PROGRAMS = 3  # on a multiprocessor at once: a fourth would start when these have done all
+_NUM_REGISTERS = 65536 // (_PROGRAMS * 4 * 32) // 8 * 8  # of a thread, so that they fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +57,18 @@ def count_splits_kernel(
     MIN_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    sequences = tl.arange(0, SEQS)
-    mask = sequences < num_seqs
-    starts = tl.load(query_starts_ptr + sequences, mask=mask, other=0)
-    ends = tl.load(query_starts_ptr + sequences + 1, mask=mask, other=0)
-    seq_lens = tl.load(seq_lens_ptr + sequences, mask=mask, other=0)
-    size = split_keys(seq_lens, MIN_KEYS, SPLITS)
-    is_short = (ends > starts) & (ends - starts <= num_short)
-    counts = tl.where(is_short, (seq_lens + size - 1) // size, 0)
-    tl.store(split_starts_ptr + sequences + 1, tl.cumsum(counts, axis=0), mask=mask)
+    num_splits = 0
+    for first in range(0, num_seqs, SEQS):
+        sequences = first + tl.arange(0, SEQS)
+        mask = sequences < num_seqs
+        starts = tl.load(query_starts_ptr + sequences, mask=mask, other=0)
+        ends = tl.load(query_starts_ptr + sequences + 1, mask=mask, other=0)
+        seq_lens = tl.load(seq_lens_ptr + sequences, mask=mask, other=0)
+        size = split_keys(seq_lens, MIN_KEYS, SPLITS)
+        is_short = (ends > starts) & (ends - starts <= num_short)
+        counts = tl.where(is_short, (seq_lens + size - 1) // size, 0)
+        tl.store(split_starts_ptr + sequences + 1, num_splits + tl.cumsum(counts, 0), mask=mask)
+        num_splits += tl.sum(counts, 0)
     tl.store(split_starts_ptr, 0)
 
 
@@ -205,7 +209,7 @@ def choose_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
     """
     rows = padded(group)
     if padded(head_dim) * itemsize <= 128:
-        return Tiling(rows=rows, keys=64, num_warps=4, num_stages=4)
+        return Tiling(rows=rows, keys=128, num_warps=4, num_stages=3)
     if padded(head_dim) * itemsize <= 256:
         return Tiling(rows=rows, keys=64, num_warps=4, num_stages=3)
     return Tiling(rows=rows, keys=32, num_warps=4, num_stages=2)
@@ -228,7 +232,7 @@ def plan_decode(step: PagedStep, num_short: int, num_heads: int, head_dim: int) 
         work.split_starts,
         num_seqs,
         num_short,
-        SEQS=padded(num_seqs),
+        SEQS=256,
         MIN_KEYS=MIN_SPLIT_KEYS,
         SPLITS=MAX_SPLITS,
         num_warps=4,
@@ -261,7 +265,7 @@ def paged_decode(
     assert queries.stride()[1:] == (head_dim, 1)
     assert output.is_contiguous()
     assert keys.stride() == values.stride()
-    num_programs = num_multiprocessors(queries.device) * _PROGRAMS_PER_MULTIPROCESSOR
+    num_programs = num_multiprocessors(queries.device) * _PROGRAMS
     paged_decode_kernel[(num_kv_heads, triton.cdiv(num_programs, num_kv_heads))](
         queries,
         output,
@@ -293,6 +297,7 @@ def paged_decode(
         SPLITS=MAX_SPLITS,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        maxnreg=_NUM_REGISTERS,
     )
     merge_splits_kernel[(num_heads, num_seqs * work.num_short)](
         output,

@@ -148,7 +148,8 @@ def choose_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
     """
     dim = padded(head_dim)
     if itemsize == 4:
-        tiling = Tiling(rows=32, keys=32, num_warps=4, num_stages=1 if dim > 128 else 2)
+        num_warps, num_stages = (8, 1) if dim > 128 else (4, 2)
+        tiling = Tiling(rows=32, keys=32, num_warps=num_warps, num_stages=num_stages)
     elif dim <= 64:
         tiling = Tiling(rows=128, keys=64, num_warps=4, num_stages=3)
     elif dim <= 128:
@@ -162,8 +163,9 @@ def invariant_tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
     """Look up the tile for everything, single tokens too: narrower, so that they waste less."""
     dim = padded(head_dim)
     keys = 64 if dim * itemsize <= 256 else 32
-    num_stages = 1 if dim * itemsize > 512 else 2
-    return _with_room(Tiling(rows=32, keys=keys, num_warps=4, num_stages=num_stages), group)
+    num_warps, num_stages = (8, 1) if dim * itemsize > 512 else (4, 2)
+    tiling = Tiling(rows=32, keys=keys, num_warps=num_warps, num_stages=num_stages)
+    return _with_room(tiling, group)
 
 
 def _with_room(tiling: Tiling, group: int) -> Tiling:

@@ -62,18 +62,19 @@ def rope_write_kernel(
     if slot >= 0:
         place = kv_head.to(tl.int64) * head_stride + slot * slot_stride + dims
         key = row + (NUM_HEADS + kv_head) * HEAD_DIM + dims
-        low = tl.load(key, mask=is_dim, other=0.0).to(tl.float32)
-        high = tl.load(key + half, mask=is_dim, other=0.0).to(tl.float32)
-        low, high = rotate_half(low, high, cos, sin)
+        key_low = tl.load(key, mask=is_dim, other=0.0).to(tl.float32)
+        key_high = tl.load(key + half, mask=is_dim, other=0.0).to(tl.float32)
+        key_low, key_high = rotate_half(key_low, key_high, cos, sin)
         dtype = qkv_ptr.dtype.element_ty
-        store_as(keys_ptr + place, tl.div_rn(low.to(dtype).to(tl.float32), key_scale), is_dim)
-        high = tl.div_rn(high.to(dtype).to(tl.float32), key_scale)
-        store_as(keys_ptr + place + half, high, is_dim)
+        key_low = tl.div_rn(key_low.to(dtype).to(tl.float32), key_scale)
+        key_high = tl.div_rn(key_high.to(dtype).to(tl.float32), key_scale)
+        store_as(keys_ptr + place, key_low, is_dim)
+        store_as(keys_ptr + place + half, key_high, is_dim)
         value = row + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM + dims
-        low = tl.load(value, mask=is_dim, other=0.0).to(tl.float32)
-        high = tl.load(value + half, mask=is_dim, other=0.0).to(tl.float32)
-        store_as(values_ptr + place, tl.div_rn(low, value_scale), is_dim)
-        store_as(values_ptr + place + half, tl.div_rn(high, value_scale), is_dim)
+        value_low = tl.load(value, mask=is_dim, other=0.0).to(tl.float32)
+        value_high = tl.load(value + half, mask=is_dim, other=0.0).to(tl.float32)
+        store_as(values_ptr + place, tl.div_rn(value_low, value_scale), is_dim)
+        store_as(values_ptr + place + half, tl.div_rn(value_high, value_scale), is_dim)
 
 
 def rope_write(
