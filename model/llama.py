@@ -56,6 +56,22 @@ class LlamaNetwork:
             delta = block(delta, stream, attend)
         return self._norm(delta, stream)
 
+    def warm_up(self) -> None:
+        """Run a step that writes nothing, so that kernels which are built at first use are built.
+
+        It has a sequence of one token and one of many: attention has a kernel for each.
+        """
+        zeros = torch.zeros(3 * ROW_TILE, dtype=torch.int64, device=self._embedding.device)
+        inputs = StepInputs(
+            token_ids=zeros,
+            positions=zeros,
+            slots=zeros - 1,
+            block_tables=zeros.repeat(2, 1),
+            query_starts=[0, 1, len(zeros)],
+            seq_lens=[1, len(zeros) - 1],
+        )
+        self.compute_logits(self.forward(inputs))
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden).to(torch.float32)
 

@@ -133,14 +133,21 @@ def _torch_network(
 ) -> LlamaNetwork:
     dtype = DTYPES[precision.dtype]
     pool = KVPool(
-        config, num_blocks=plan.num_blocks, block_size=plan.block_size, dtype=dtype, device=device
+        config,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        dtype=KV_DTYPES[precision.kv_cache_dtype],
+        device=device,
     )
 
     def read(name: str) -> Tensor:
         return weights.read(name).to(device=device, dtype=dtype).contiguous()
 
     operations = choose_operations(config, device)
-    return LlamaNetwork(config, read, pool, plan.max_model_len, operations)
+    network = LlamaNetwork(config, read, pool, plan.max_model_len, operations)
+    if device.type == "cuda":
+        network.warm_up()
+    return network
 
 
 def _native_network(

@@ -63,6 +63,8 @@ def choose_operations(config: ModelConfig, device: torch.device) -> Operations:
 def _why_not_triton(config: ModelConfig, device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if device.index:
+        return "Triton launches on the first card: choose with CUDA_VISIBLE_DEVICES, not --device"
     if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
         return "the card is older than compute capability 8.0"
     if config.head_dim > TRITON_HEAD_DIM:

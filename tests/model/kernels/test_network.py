@@ -163,5 +163,13 @@ def test_a_step_over_static_device_tensors_equals_one_from_host_lists(tmp_path, 
         torch.testing.assert_close(each, written)
 
 
+def test_warming_up_writes_nothing(tmp_path, device):
+    conversation = Conversation(write_toy_checkpoint(tmp_path), triton_operations(), device)
+    with torch.inference_mode():
+        conversation.network.warm_up()
+    pool = conversation.pool
+    assert not any(each.any() for each in (*pool.keys, *pool.values))
+
+
 def test_kernels_are_interpreted_without_a_card(device):
     assert is_interpreted() == (device.type == "cpu")
