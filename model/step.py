@@ -62,7 +62,7 @@ class NewRow:
     adapter: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PlanRow:
     """What one resident sequence does in one step.
 
@@ -118,7 +118,7 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RowResult:
     """What one plan row produced: no token (its prompt is not done) or one to 1 + drafts.
 

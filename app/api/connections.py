@@ -32,7 +32,7 @@ from app.errors import (
 from app.settings import ServerSettings
 from model.errors import ConfigError
 
-CHUNKED = (b"transfer-encoding", b"chunked")
+CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 PROBES = frozenset({b"/health", b"/health/live", b"/health/ready"})
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 16 << 10  # request line and headers together
@@ -94,14 +94,14 @@ class StrictConnection(h11.Connection):
         self._num_bytes = 0
         self._sends_chunks = False
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]  # its overloads
         """Return the bytes of an event; those of a stream's chunk without h11's ceremony."""
         if self._sends_chunks and type(event) is h11.Data and event.data:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)
         output = super().send(event)
-        is_chunked = isinstance(event, h11.Response) and CHUNKED in event.headers
-        # To a client of HTTP/1.0 h11 sends the body as it is.
-        self._sends_chunks = is_chunked and self.their_http_version == b"1.1"
+        # Whether a body goes in chunks is for h11 to say, and it says so in the head.
+        is_head = isinstance(event, h11.Response)
+        self._sends_chunks = is_head and CHUNKED in (output or b"").lower()
         return output
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:

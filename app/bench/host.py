@@ -11,25 +11,22 @@ client is a process of its own and counts events; its CPU time is reported too.
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import httpx
 
 from app.api.connections import EdgeConfig
-from app.bench.process import ServerProcess, free_port, last_line
+from app.bench.process import ServerProcess, free_port
 from app.cli import parse
 from app.factory import create_app
-from app.main import DrainingServer, bind, make_context, set_up_logging
+from app.main import DrainingServer, bind, make_context, set_up_logging, settle_collector
 from app.settings import read_environment
 from model.loader import LoadedModel, inspect_model
 from model.step import (
     FillMasks,
-    NewRow,
     RowResult,
     RunnerLimits,
     StepHandle,
@@ -106,6 +103,7 @@ def serve(args: argparse.Namespace) -> None:
     loaded = LoadedModel(info=inspect_model(command.load), runner=runner, tokenizer=tokenizer)
     set_up_logging(command.server.log_level)
     context = make_context(command, loaded)
+    settle_collector()
     listener = bind(command.server)
     config = EdgeConfig(create_app(context, command.server), command.server)
     DrainingServer(config, context.engine, 1.0).run(sockets=[listener])
@@ -229,13 +227,27 @@ async def run_rounds(args: argparse.Namespace) -> list[Figures]:
     with ServerProcess(command, log) as server:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             await server.wait_ready(client, "/health/ready")
-        figures = []
-        for number in range(args.rounds + 1):
-            figure = await measure(args, port, server)
-            if number:  # the first is the warm-up
-                figures.append(figure)
-                print(figure, flush=True)
-        return figures
+        return [await measure(args, port, server) for _ in range(args.rounds + 1)][1:]
+
+
+def table(args: argparse.Namespace, figures: list[Figures]) -> str:
+    """Return the rounds as Markdown, the median last."""
+    rows = [
+        f"{args.streams} {args.endpoint} streams, steps of {args.step_ms:g} ms, {args.tokens} "
+        f"tokens each: at most {1000 * args.streams / max(args.step_ms, 1e-3):,.0f} tokens/s",
+        "",
+        "| round | tokens/s | server, µs of CPU a token | client | events a read | lost |",
+        "|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(figures, key=lambda figure: figure.tokens_per_s)
+    named = [(str(number), figure) for number, figure in enumerate(figures, start=1)]
+    for name, figure in [*named, ("median", ordered[len(ordered) // 2])]:
+        rows.append(
+            f"| {name} | {figure.tokens_per_s:,.0f} | {figure.server_us_per_token:.1f} "
+            f"| {figure.client_us_per_token:.1f} | {figure.events_per_read:.1f} "
+            f"| {figure.num_expected - figure.num_events} |"
+        )
+    return "\n".join(rows) + "\n"
 
 
 def main() -> None:
@@ -253,7 +265,7 @@ def main() -> None:
     if args.serve:
         serve(args)
         return
-    figures = asyncio.run(run_rounds(args))
+    sys.stdout.write(table(args, asyncio.run(run_rounds(args))))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class EngineRequest:
     read_prefix_cache: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SequenceOutput:
     """What happened to one choice since the last output; the last one has a finish_reason.
 

@@ -214,6 +214,8 @@ class StepLoop:
         for update in updates:
             request = update.sequence.request
             deliveries.append((request.request_id, update.output))
+            if update.output.finish_reason is None:
+                continue
             if all(sequence.finish_reason for sequence in request.sequences):
                 self._requests.pop(request.request_id, None)
         return deliveries

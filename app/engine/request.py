@@ -81,12 +81,14 @@ class Sequence:
         0 when the last token that it may have is in flight, and when its constraint must see
         the token in flight before another can be sampled.
         """
-        max_tokens = self.sampling.max_tokens
-        if max_tokens and self.num_output_tokens >= max_tokens:
+        # Asked several times a step of every sequence, so it asks no other property.
+        num_inflight, max_tokens = self.num_inflight_tokens, self.sampling.max_tokens
+        num_tokens = len(self.token_ids) + num_inflight
+        if max_tokens and num_tokens - self.num_prompt_tokens >= max_tokens:
             return 0
-        if self.constraint is not None and self.num_inflight_tokens:
+        if self.constraint is not None and num_inflight:
             return 0
-        return self.num_tokens - self.num_computed_tokens
+        return num_tokens - self.num_computed_tokens
 
 
 @dataclass(slots=True, eq=False)

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 FREE_STEP_TOKENS = 16  # up to here a step costs little more than one of a single token
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Update:
     """An output, and the sequence that it belongs to."""
 
@@ -192,15 +192,17 @@ class Scheduler:
             sequences.sort(key=lambda s: self.shares.counter(s.request.tenant))  # else in order
             reserved = self._reserve(step.budget)
         for sequence in sequences:
-            is_decoding = sequence.num_behind == 1
-            if sequence.row is None or not sequence.num_behind:
+            num_behind = sequence.num_behind
+            if sequence.row is None or not num_behind:
+                continue
+            if num_behind == 1:
+                if self._make_room(step, sequence, 1):
+                    self._plan(step, sequence, 1)
                 continue
             self._extend_from_cache(sequence)
-            budget = max(0, step.budget - reserved)
-            num_tokens = 1 if is_decoding else self._share(sequence, budget)
+            num_tokens = self._share(sequence, max(0, step.budget - reserved))
             if num_tokens and self._make_room(step, sequence, num_tokens):
-                if not is_decoding:
-                    step.budget -= num_tokens
+                step.budget -= num_tokens
                 self._plan(step, sequence, num_tokens)
         return self.counters.num_preemptions > num_preemptions
 
@@ -233,6 +235,8 @@ class Scheduler:
 
     def _schedule_waiting(self, step: OpenStep) -> None:
         """Admit who waits, in order, as long as rows, budget and blocks for all its tokens last."""
+        if not self.waiting:
+            return
         promised = sum(self._num_blocks_missing(sequence) for sequence in self.running)
         while self.waiting and self._free_rows and step.budget:
             sequence = self.waiting.peek()
@@ -298,6 +302,8 @@ class Scheduler:
         guessing: list[int] = []
         for place, (row, sequence) in enumerate(zip(step.rows, step.sequences, strict=True)):
             if not row.sample or row.num_tokens > 1:
+                continue
+            if sequence.constraint is None and self._speculation is None:
                 continue
             forced = sequence.constraint.forced() if sequence.constraint else ()
             if not forced:
@@ -418,6 +424,8 @@ class Scheduler:
         Who is planned already is left alone.
         """
         end = sequence.num_computed_tokens + num_tokens
+        if end <= len(sequence.blocks) * self.limits.block_size:
+            return True
         while self.allocator.num_free < self._num_blocks(end) - len(sequence.blocks):
             victim = next(s for s in reversed(self.running) if s not in step.sequences)
             self._preempt(victim)
@@ -497,13 +505,15 @@ class Scheduler:
             return
         size = self.limits.block_size
         num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // size
+        if num_full <= sequence.num_registered_blocks:
+            return
         self._extend_keys(sequence, num_full)
         for index in range(sequence.num_registered_blocks, num_full):
             key = sequence.block_keys[index]
             parent = sequence.block_keys[index - 1] if index else sequence.request.root_key
             token_ids = tuple(sequence.token_ids[index * size : (index + 1) * size])
             self.allocator.register(sequence.blocks[index], key, parent, token_ids)
-        sequence.num_registered_blocks = max(sequence.num_registered_blocks, num_full)
+        sequence.num_registered_blocks = num_full
 
     # Results
 

@@ -188,7 +188,7 @@ class CompletionAnswer:
             yield [encode_json({**self._chunk(), "usage": self._generation.usage.to_wire()})]
 
     def _text_forms(self) -> list[TextChunks]:
-        """Return what makes each choice's chunks if its text is all that they tell; else nothing."""
+        """Return what makes each choice's chunks if its text is all they tell; else nothing."""
         request = self._request
         has_more = request.logprobs is not None or request.return_token_ids or request.echo
         if has_more or self._usage.in_each:

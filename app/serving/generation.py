@@ -39,7 +39,7 @@ class Caller:
     timeout_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ChoiceDelta:
     """What came of one choice since its last delta; the last one has a finish_reason."""
 
@@ -169,21 +169,35 @@ class Generation:
 
         Raises EngineFailed, Draining or DeadlineExceeded behind the deltas that came before.
         """
+        if len(self._streams) == 1:
+            first, stream = self._streams[0]
+            async for outputs in stream:
+                deltas, failure = self._take_all(first, stream, outputs)
+                if deltas:
+                    yield deltas
+                if failure is not None:
+                    raise failure
+            return
         async for first, stream, outputs in _merged(self._streams):
-            deltas = []
-            failure = None
-            for output in outputs:
-                try:
-                    delta = self._take(first, stream, output)
-                except ServiceError as error:
-                    failure = error
-                    break
-                if delta is not None:
-                    deltas.append(delta)
+            deltas, failure = self._take_all(first, stream, outputs)
             if deltas:
                 yield deltas
             if failure is not None:
                 raise failure
+
+    def _take_all(
+        self, first: int, stream: RequestStream, outputs: Sequence[SequenceOutput]
+    ) -> tuple[list[ChoiceDelta], ServiceError | None]:
+        """Return the deltas of some outputs, and what went wrong behind them."""
+        deltas: list[ChoiceDelta] = []
+        for output in outputs:
+            try:
+                delta = self._take(first, stream, output)
+            except ServiceError as error:
+                return deltas, error
+            if delta is not None:
+                deltas.append(delta)
+        return deltas, None
 
     def _take(
         self, first: int, stream: RequestStream, output: SequenceOutput
@@ -254,11 +268,6 @@ async def _merged(
     streams: Sequence[tuple[int, RequestStream]],
 ) -> AsyncIterator[tuple[int, RequestStream, Sequence[SequenceOutput]]]:
     """Yield the outputs of several streams as they come."""
-    if len(streams) == 1:
-        first, stream = streams[0]
-        async for outputs in stream:
-            yield first, stream, outputs
-        return
     queue: asyncio.Queue[tuple[int, RequestStream, Sequence[SequenceOutput]] | None]
     queue = asyncio.Queue()
 

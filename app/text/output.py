@@ -11,7 +11,7 @@ from app.text.stop import StopMatch, StopMatcher
 from model.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TextDelta:
     """Text to give out, how many of the ids just given count, and the stop string if one cut it."""
 
