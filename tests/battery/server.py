@@ -1,100 +1,88 @@
-"""The whole server over a runner that breaks when a prompt tells it to.
+"""The whole server over faulty parts: `python -m tests.battery.server OPTIONS ARGUMENTS...`
 
-`python -m tests.battery.server` writes its port, then serves. Faults are asked for in prompts, of
-this runner alone: `fault:raise`, `fault:once`, `fault:hang`, `fault:lost` (no step succeeds ever
-after), `fault:bug` (the scheduler itself breaks once).
+ARGUMENTS are those of `arriero serve`, OPTIONS is JSON: see `Options`. Writes its port and serves;
+the exit code is the server's. Nothing of this can be asked of the server that is shipped.
 """
 
 import dataclasses
+import json
 import sys
-import threading
+import time
+from dataclasses import dataclass
 
+import app.engine.engine as engine_module
+import app.engine.scheduler as scheduler_module
+import app.main as main_module
 from app.api.connections import EdgeConfig
+from app.cli import parse
 from app.engine import loop
-from app.engine.engine import Engine, EngineOptions
-from app.engine.scheduler import ScheduledStep, Scheduler
+from app.engine.admission import Admission
 from app.factory import create_app
-from app.main import DrainingServer, bind, set_up_logging
-from app.serving.metrics import RequestMetrics
-from app.settings import ServerSettings
-from model.step import FillMasks, RunnerLimits, StepHandle, StepPlan
-from tests.fake_engine import VOCAB, FakeEngine, make_context, says
+from app.settings import read_environment
+from model.loader import load_model
+from model.step import RunnerLimits
+from tests.battery.faults import BuggyScheduler, FaultyRunner, FaultyTokenizer
 from tests.fake_runner import FakeRunner
 
-LIMITS = RunnerLimits(
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    max_model_len=512,
-    block_size=16,
-    num_blocks=256,
-    vocab_size=VOCAB,
-)
+
+@dataclass(frozen=True)
+class Options:
+    """What has no flag: how much may wait, when a step is stuck, whether the model is a hash."""
+
+    max_queued: int = 1024
+    patience_s: float | None = None
+    is_scripted: bool = False  # with FakeRunner, which notices every wrong block
+    num_blocks: int = 64  # then
+    pace_s: float = 0.0  # of its steps
 
 
-class FaultyRunner(FakeRunner):
-    """Does what FakeRunner does, unless a sequence in the step asks for a fault."""
+class ScriptedRunner(FakeRunner):
+    """A FakeRunner that takes its time."""
 
-    def __init__(self) -> None:
-        super().__init__(LIMITS)
-        self._faults: dict[int, str] = {}  # by row
-        self._had_once = False
-        self._is_lost = False
+    def __init__(self, limits: RunnerLimits, pace_s: float) -> None:
+        super().__init__(limits)
+        self._pace_s = pace_s
 
-    def launch(self, plan: StepPlan, fill_masks: FillMasks) -> StepHandle:
-        for row in plan.removed:
-            self._faults.pop(row, None)
-        for new in plan.added:
-            text = bytes(i for i in new.token_ids if i < 256).decode("utf-8", "replace")
-            if "fault:" in text:
-                self._faults[new.row] = text.partition("fault:")[2].split()[0]
-        for fault in [self._faults[row.row] for row in plan.rows if row.row in self._faults]:
-            self._break(fault)
-        if self._is_lost:
-            raise RuntimeError("device lost")
+    def launch(self, plan, fill_masks):
+        time.sleep(self._pace_s)
         return super().launch(plan, fill_masks)
-
-    def _break(self, fault: str) -> None:
-        if fault == "raise":
-            raise MemoryError("out of memory")
-        if fault == "once" and not self._had_once:
-            self._had_once = True
-            raise RuntimeError("transient")
-        if fault == "hang":
-            threading.Event().wait()
-        self._is_lost |= fault == "lost"
-
-
-class BuggyScheduler(Scheduler):
-    """Breaks once, in the middle of its work, when a request asks for it."""
-
-    has_broken = False
-
-    def schedule(self) -> ScheduledStep | None:
-        asks = any(b"fault:bug" in bytes(i for i in s.token_ids if i < 256) for s in self.running)
-        if asks and not BuggyScheduler.has_broken:
-            BuggyScheduler.has_broken = True
-            self.running.clear()
-            raise KeyError("a bug")
-        return super().schedule()
 
 
 def main() -> None:
-    """Serve until a signal or a fault ends it; the exit code is the server's."""
-    settings = ServerSettings(port=0, shutdown_timeout_s=1.0)
-    set_up_logging("info")
-    loop.FIRST_PATIENCE_S = loop.MIN_PATIENCE_S = 0.5
-    engine = Engine(FaultyRunner(), EngineOptions())
-    scheduler = BuggyScheduler(LIMITS)
-    engine._step_loop._scheduler = scheduler
-    fake = FakeEngine(says(""))  # whose limits and names the context has
-    fake.limits = LIMITS
-    context = make_context(fake)
-    metrics = RequestMetrics("fake", engine.stats)
-    context = dataclasses.replace(context, engine=engine, metrics=metrics)
-    listener = bind(settings)
+    """Serve until a signal or a fault ends it."""
+    options = Options(**json.loads(sys.argv[1]))
+    command = parse(["serve", *sys.argv[2:]], read_environment())
+    main_module.set_up_logging(command.server.log_level)
+    if options.patience_s is not None:
+        loop.FIRST_PATIENCE_S = loop.MIN_PATIENCE_S = options.patience_s
+        engine_module.JOIN_TIMEOUT_S = options.patience_s
+    settings = main_module._with_open_files(command.server)
+    loaded = load_model(command.load)
+    tokenizer = FaultyTokenizer(loaded.tokenizer)
+
+    def text_of(token_ids: tuple[int, ...]) -> str:
+        return b"".join(map(loaded.tokenizer.token_bytes, token_ids)).decode("utf-8", "replace")
+
+    inner = loaded.runner
+    if options.is_scripted:
+        limits = dataclasses.replace(inner.limits, num_blocks=options.num_blocks)
+        inner = ScriptedRunner(limits, options.pace_s)
+    runner = FaultyRunner(inner, text_of)
+    runner.tokenizer = tokenizer
+    time.time = runner.clock
+    BuggyScheduler.text_of, BuggyScheduler.had = staticmethod(text_of), set()
+    engine_module.Scheduler = scheduler_module.Scheduler = BuggyScheduler
+    loaded = dataclasses.replace(loaded, runner=runner, tokenizer=tokenizer)
+    context = main_module.make_context(command, loaded)
+    context.engine._admission = Admission(options.max_queued, 1 << 20)
+    listener = main_module.bind(settings)
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
-    server = DrainingServer(EdgeConfig(create_app(context, settings), settings), engine, 1.0)
+    server = main_module.DrainingServer(
+        EdgeConfig(create_app(context, settings), settings),
+        context.engine,
+        settings.shutdown_timeout_s,
+    )
     server.run(sockets=[listener])
     sys.exit(1 if server.has_failed else 0)
 

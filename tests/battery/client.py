@@ -1,0 +1,292 @@
+"""A server process of the battery, its vital signs, and clients that remember all it said."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.battery.faults import INNER
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 30.0
+KEY = "battery-secret-alice"
+OTHER_KEY = "battery-secret-bob"
+MODEL = "toy"
+CANARY = "once upon a time there was a little llama"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HEALTH_BYTES = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
+LEAKS = re.compile(
+    rb"Traceback|site-packages|File \\?\"|0x[0-9a-f]{6,}|battery-secret|hidden-in-the-fault|"
+    rb"[a-z] object at 0|\.py\b|"
+    + b"|".join(re.escape(str(path).encode()) for path in {ROOT, sys.prefix})
+)
+assert LEAKS.search(INNER.encode())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the server."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.json["choices"][0]["token_ids"]
+
+    def check_refusal(self, status: int | tuple[int, ...] = 400, param: str | None = None) -> dict:
+        """The answer is one short refusal in OpenAI's shape; return the error."""
+        statuses = (status,) if isinstance(status, int) else status
+        assert self.status in statuses, (self.status, self.body[:300])
+        assert self.headers["content-type"] == "application/json"
+        assert self.headers["x-request-id"]
+        assert len(self.body) < 4096
+        error = self.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        if param is not None:
+            assert (error["param"] or "").split(".")[0] == param, error
+        return error
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What a process holds."""
+
+    num_files: int
+    num_threads: int
+    resident: int
+    num_children: int
+
+
+@dataclass
+class Server:
+    """A running server process."""
+
+    process: subprocess.Popen
+    port: int
+    log: Path
+    exchanges: list[bytes] = field(default_factory=list)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", self.port
+
+    # Clients
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        key: str | None = KEY,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = PATIENCE_S,
+    ) -> Answer:
+        """Send a request on a connection of its own; an object is sent as JSON."""
+        sent = {"connection": "close"}
+        if key is not None:
+            sent["authorization"] = f"Bearer {key}"
+        if body is not None:
+            sent["content-type"] = "application/json"
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection = http.client.HTTPConnection(*self.address, timeout=timeout_s)
+        try:
+            connection.request(method, path, body, {**sent, **(headers or {})})
+            response = connection.getresponse()
+            content = response.read()
+        finally:
+            connection.close()
+        names = {name.lower(): value for name, value in response.getheaders()}
+        self.exchanges.append(repr(names).encode() + content)
+        return Answer(response.status, names, content)
+
+    def get(self, path: str, **options) -> Answer:
+        return self.request("GET", path, **options)
+
+    def post(self, path: str, body: object, **options) -> Answer:
+        return self.request("POST", path, body, **options)
+
+    def complete(self, prompt: object, *, key: str = KEY, **fields) -> Answer:
+        """Complete a prompt greedily, with the ids of the tokens."""
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        return self.post(COMPLETIONS, {**body, **fields}, key=key)
+
+    def chat(self, content: object, **fields) -> Answer:
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
+        return self.post(CHAT, {**body, "temperature": 0, **fields})
+
+    def stream(self, prompt: object, **fields) -> list[dict]:
+        """Stream a completion to its end; [DONE] stands as {"done": True}, a cut as nothing."""
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        request = post_bytes({**body, "stream": True, **fields}, COMPLETIONS)
+        with self.connect() as client:
+            client.sendall(request)
+            return events_of(self.read_all(client))
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=PATIENCE_S)
+
+    def read_all(self, client: socket.socket) -> bytes:
+        """All bytes until the server hangs up."""
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while part := client.recv(65536):
+                answer += part
+        self.exchanges.append(answer)
+        return answer
+
+    def exchange(self, *parts: bytes) -> bytes:
+        """Send bytes, as many as the server takes; return all that it answers."""
+        with self.connect() as client:
+            for part in parts:
+                try:
+                    client.sendall(part)
+                except ConnectionError:
+                    break
+            return self.read_all(client)
+
+    # Vital signs
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+        """Wait until something is so, bounded by the suite's patience."""
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline_s, f"not so: {self.log_text()[-2000:]}"
+            threading.Event().wait(0.01)
+
+    def log_text(self) -> str:
+        return self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
+
+    def engine(self) -> dict:
+        return self.get("/v1/engine").json
+
+    def is_idle(self) -> bool:
+        view = self.engine()
+        num_live = view["num_requests_running"] + view["num_requests_waiting"]
+        return not num_live and view["num_free_blocks"] == view["num_blocks"]
+
+    def vitals(self) -> Vitals:
+        process = psutil.Process(self.process.pid)
+        return Vitals(
+            num_files=process.num_fds(),
+            num_threads=process.num_threads(),
+            resident=process.memory_info().rss,
+            num_children=len(process.children(recursive=True)),
+        )
+
+    def canary(self) -> list[int]:
+        answer = self.complete(CANARY)
+        assert answer.status == 200, answer.body
+        return answer.token_ids
+
+    def check_nothing_leaked(self) -> None:
+        for exchange in self.exchanges:
+            found = LEAKS.search(exchange)
+            assert not found, exchange[max(0, found.start() - 100) :][:300]
+
+    def end(self, number: int = signal.SIGTERM, timeout_s: float = PATIENCE_S) -> int:
+        """Send a signal; return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+def post_bytes(body: object, path: str = CHAT, *headers: str) -> bytes:
+    """A POST as it stands on the wire, on a connection that ends with it."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "host: a", f"authorization: Bearer {KEY}"]
+    lines += ["content-type: application/json", f"content-length: {len(content)}"]
+    return "\r\n".join([*lines, "connection: close", *headers, "", ""]).encode() + content
+
+
+def get_bytes(path: str, *headers: str) -> bytes:
+    lines = [f"GET {path} HTTP/1.1", "host: a", f"authorization: Bearer {KEY}"]
+    return "\r\n".join([*lines, "connection: close", *headers, "", ""]).encode()
+
+
+def events_of(answer: bytes) -> list[dict]:
+    """The events of a streamed answer as it stands on the wire."""
+    data = re.findall(rb"^data: (.*)$", answer.partition(b"\r\n\r\n")[2], re.MULTILINE)
+    return [{"done": True} if each == b"[DONE]" else json.loads(each) for each in data]
+
+
+def streamed_ids(events: Sequence[dict]) -> list[int]:
+    """The token ids of a streamed completion, which must have ended well."""
+    assert events, "nothing was streamed"
+    assert events[-1] == {"done": True}, events[-1]
+    choices = [event["choices"][0] for event in events[:-1] if event["choices"]]
+    assert choices[-1]["finish_reason"] in ("stop", "length")
+    return [token_id for choice in choices for token_id in choice["token_ids"] or ()]
+
+
+@contextlib.contextmanager
+def running(
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    options: Mapping[str, object] | None = None,
+    stderr: int | None = None,
+    preexec: Callable[[], None] | None = None,
+    port: int = 0,
+) -> Iterator[Server]:
+    """Start a server of the battery and kill it in the end; its log is a file unless told."""
+    command = [sys.executable, "-m", "tests.battery.server", json.dumps(dict(options or {}))]
+    with contextlib.ExitStack() as stack:
+        if stderr is None:
+            stderr = stack.enter_context(log.open("wb")).fileno()
+        process = subprocess.Popen(
+            [*command, *arguments, "--port", str(port)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            preexec_fn=preexec,
+            env={**os.environ, "OMP_NUM_THREADS": "2"},
+        )
+        try:
+            line = process.stdout.readline()
+            assert line, log.read_text() if log.is_file() else "it has not started"
+            server = Server(process, int(line), log)
+            server.wait(lambda: is_listening(server))
+            yield server
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def is_listening(server: Server) -> bool:
+    try:
+        return server.get("/health").status == 200
+    except OSError:
+        assert server.process.poll() is None, server.log_text()
+        return False
+
+
+def has_hung_up(client: socket.socket) -> bool:
+    """Whether the server has closed a connection; what it said before is dropped."""
+    try:
+        while select.select([client], [], [], 0)[0]:
+            if not client.recv(65536):
+                return True
+    except ConnectionError:
+        return True
+    return False

@@ -1,0 +1,158 @@
+"""The server that live cases share, and what must hold of it after every one of them."""
+
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tests.battery.client import CANARY, KEY, OTHER_KEY, Server, Vitals, running
+from tests.toy import write_toy_checkpoint
+
+MAX_GROWTH = 48 << 20  # of a server over one case
+MAX_GROWTH_IN_ALL = 160 << 20
+NUM_BLOCKS = 96
+BYTES_PER_TOKEN = 256  # of the toy's K/V
+Start = Callable[..., AbstractContextManager[Server]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def open_files() -> Iterator[None]:
+    """Let this process have as many sockets as the floods need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_checkpoint(tmp_path_factory.mktemp("battery") / "toy")
+
+
+@pytest.fixture(scope="session")
+def arguments(toy: Path) -> list[str]:
+    """The command line of the server that is attacked: what is shipped, with shorter deadlines."""
+    keys = toy.parent / "keys.toml"
+    keys.write_text(f'[alice]\nkey = "{KEY}"\n[bob]\nkey = "{OTHER_KEY}"\n')
+    kv_bytes = NUM_BLOCKS * 16 * BYTES_PER_TOKEN
+    flags = {
+        "--served-model-name": "toy",
+        "--device": "cpu",
+        "--quantization": "int8",
+        "--kv-cache-dtype": "float16",
+        "--kv-cache-memory-bytes": kv_bytes,
+        "--max-num-seqs": 16,
+        "--api-key-file": keys,
+        "--header-timeout": 2,
+        "--body-timeout": 2,
+        "--shutdown-timeout": 2,
+    }
+    return [str(toy), *(str(part) for pair in flags.items() for part in pair)]
+
+
+@pytest.fixture
+def start(arguments: list[str], tmp_path: Path) -> Start:
+    """Start servers of a case's own: `start(options..., flags=[...])`."""
+    numbers = count()
+
+    def start_one(*, flags: tuple[str, ...] = (), stderr=None, preexec=None, **options):
+        log = tmp_path / f"log-{next(numbers)}"
+        return running([*arguments, *flags], log, options=options, stderr=stderr, preexec=preexec)
+
+    return start_one
+
+
+class Shared:
+    """The server of all live cases; a new one if a case has ended it."""
+
+    def __init__(self, open_server: Callable[[], AbstractContextManager[Server]]) -> None:
+        self._open = open_server
+        self._stack = ExitStack()
+        self._server: Server | None = None
+        self.reference: list[int] = []  # what the canary says
+        self.at_start: Vitals
+
+    def get(self) -> Server:
+        if self._server is not None and self._server.process.poll() is None:
+            return self._server
+        self.close()
+        self._server = self._stack.enter_context(self._open())
+        self._warm_up(self._server)
+        self.at_start = self._server.vitals()
+        return self._server
+
+    def _warm_up(self, server: Server) -> None:
+        """Have everything that is made once made: threads for large bodies, the grammars."""
+        reference = server.canary()
+        assert not self.reference or reference == self.reference
+        self.reference = reference
+        long_text = CANARY * 2000
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda _: server.complete(long_text), range(64)))
+        assert server.chat("hi", response_format={"type": "json_object"}).status == 200
+        server.wait(server.is_idle)
+        assert server.canary() == reference  # now from the prefix cache
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture(scope="session")
+def shared(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    log = tmp_path_factory.mktemp("battery-log") / "log"
+    shared = Shared(partial(running, arguments, log, options={"max_queued": 128}))
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def live(shared: Shared) -> Iterator[Server]:
+    """The shared server, which must be as well after a case as before."""
+    server = shared.get()
+    server.exchanges.clear()
+    before = server.vitals()
+    yield server
+    assert server.process.poll() is None, server.log_text()[-3000:]
+    assert server.get("/health", key=None).status == 200
+    assert server.canary() == shared.reference
+    server.wait(server.is_idle)
+    start = shared.at_start
+    server.wait(lambda: server.vitals().num_files <= start.num_files + 1)
+    assert server.vitals().num_threads <= start.num_threads + 1
+    assert server.vitals().num_children <= start.num_children
+    resident = server.vitals().resident
+    assert resident < before.resident + MAX_GROWTH
+    assert resident < start.resident + MAX_GROWTH_IN_ALL
+    server.check_nothing_leaked()
+
+
+class Trap:
+    """A port of the loopback that nobody may connect to."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def num_connections(self) -> int:
+        try:
+            self._listener.accept()[0].close()
+        except BlockingIOError:
+            return 0
+        return 1
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def trap() -> Iterator[Trap]:
+    trap = Trap()
+    yield trap
+    trap.close()

@@ -1,0 +1,258 @@
+"""Group D, load: clients that leave, stall and flood; a pool and a cache that are fought over."""
+
+import asyncio
+import random
+import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
+from app.engine.blocks import BlockHasher
+from tests.battery.client import (
+    COMPLETIONS,
+    HEALTH_BYTES,
+    OTHER_KEY,
+    Server,
+    post_bytes,
+    streamed_ids,
+)
+from tests.engine.drive import Driver, make_limits
+
+LONG = {"max_tokens": 400, "ignore_eos": True, "temperature": 0}
+STORY = "the muleteer drives a train of pack llamas over the mountain and sings to them. " * 3
+
+
+def leave(server: Server, request: bytes, num_bytes: int) -> None:
+    """Send a request, take so much of its answer, and reset the connection."""
+    with server.connect() as client:
+        client.sendall(request)
+        while num_bytes > 0:
+            num_bytes -= len(client.recv(min(num_bytes, 4096))) or num_bytes
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_d01_clients_that_leave_streams_at_any_moment_leave_nothing_behind(live, full):
+    """Before the headers, after them, at the first token, in mid stream, near and at the end."""
+    stream = {"prompt": STORY, "stream": True, **LONG}
+    short = {"prompt": "a", "stream": True, "max_tokens": 3}
+    moments = [
+        (stream, 0),
+        (stream, 1),
+        (stream, 400),
+        (stream, 5000),
+        (short, 900),
+        (short, 10**6),
+    ]
+    moments += [({**stream, "prompt": [5] * 100, "n": 8}, size) for size in (0, 300, 9000)]
+    requests = [(post_bytes(body, COMPLETIONS), size) for body, size in moments]
+    with ThreadPoolExecutor(16) as pool:
+        leaving = [
+            pool.submit(leave, live, *requests[number % len(requests)])
+            for number in range(1000 if full else 90)
+        ]
+        witness = pool.submit(live.stream, "witness", max_tokens=100, ignore_eos=True)
+        assert len(streamed_ids(witness.result())) == 100
+        for each in leaving:
+            each.result()
+    live.wait(live.is_idle)
+
+
+def test_d02_clients_that_leave_before_a_whole_answer_are_aborted_too(live, full):
+    request = post_bytes({"prompt": "a", "n": 16, **LONG}, COMPLETIONS)
+    before = live.engine()["generation_tokens"]
+    count = 200 if full else 30
+    for _ in range(count):
+        with live.connect() as client:
+            client.sendall(request)
+            live.wait(lambda: live.engine()["num_requests_running"] > 0)
+            client.shutdown(socket.SHUT_WR)
+        live.wait(live.is_idle)
+    assert live.engine()["generation_tokens"] - before < count * 16 * 400 / 2
+
+
+def test_d03_readers_that_stall_are_ended_by_limit_and_hold_up_nobody(live, full):
+    body = {"prompt": "a", "stream": True, "logprobs": 20, "n": 4, **LONG}
+    request = post_bytes(body, COMPLETIONS)
+    num_files = live.vitals().num_files
+    stalled = []
+    for _ in range(50 if full else 6):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(live.address)
+        client.sendall(request)
+        stalled.append(client)
+    alone = live.complete("witness", **LONG).token_ids
+    assert len(alone) == 400
+    assert streamed_ids(live.stream("witness", **LONG)) == alone
+    live.wait(live.is_idle)  # the engine has not waited for them
+    live.wait(lambda: live.vitals().num_files <= num_files)  # the limit: --body-timeout
+    for client in stalled:
+        assert len(client.recv(65536)) > 0  # something had been sent to each
+        client.close()
+
+
+def test_d04_flood_is_bounded_and_every_request_is_answered(live, full):
+    count = 2000 if full else 300
+    body = {"prompt": "a", "max_tokens": 16, "ignore_eos": True, "return_token_ids": True}
+    request = post_bytes({**body, "temperature": 0}, COMPLETIONS)
+
+    async def ask() -> bytes:
+        reader, writer = await asyncio.open_connection(*live.address)
+        writer.write(request)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    async def probe() -> bytes:
+        reader, writer = await asyncio.open_connection(*live.address)
+        writer.write(HEALTH_BYTES)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    async def flood() -> tuple[list[bytes], list[bytes]]:
+        asked = [asyncio.ensure_future(ask()) for _ in range(count)]
+        probes = []
+        while not all(each.done() for each in asked):
+            probes.append(await probe())
+            await asyncio.sleep(0)
+        return [await each for each in asked], probes
+
+    answers, probes = asyncio.run(flood())
+    live.exchanges += answers
+    refused = [answer for answer in answers if not answer.startswith(b"HTTP/1.1 200 ")]
+    assert refused  # more than may wait
+    for answer in refused:
+        assert answer[9:12] in (b"429", b"503")
+        assert b"\r\nretry-after: " in answer
+        assert b'"code":"overloaded"' in answer
+    served = [answer for answer in answers if answer.startswith(b"HTTP/1.1 200 ")]
+    assert len(served) >= 128
+    assert (
+        len({answer.partition(b'"choices"')[2].partition(b'"usage"')[0] for answer in served}) == 1
+    )
+    assert len(probes) > 1
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in probes)
+
+
+def test_d05_same_request_id_at_once_is_no_cross_talk(live):
+    prompts = [f"request {number}" for number in range(16)]
+    alone = [live.complete(prompt).token_ids for prompt in prompts]
+    headers = {"x-request-id": "the-same"}
+
+    def ask(prompt: str):
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        return live.post(COMPLETIONS, body, headers=headers)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, prompts))
+    assert [answer.token_ids for answer in answers] == alone
+    assert {answer.headers["x-request-id"] for answer in answers} == {"the-same"}
+    assert len({answer.json["id"] for answer in answers}) == 16
+
+
+def test_d06_streams_at_once_say_what_they_say_alone(live):
+    prompts = [f"{STORY[:50]} secret {number * 7919}" for number in range(64)]
+    alone = [
+        live.complete(prompt, max_tokens=40, cache_prompt=False).token_ids for prompt in prompts
+    ]
+    assert len({tuple(ids) for ids in alone}) > 60  # each has its own to tell
+    with ThreadPoolExecutor(64) as pool:
+        for _ in range(2):  # the second time out of blocks that others had
+            streams = [pool.submit(live.stream, prompt, max_tokens=40) for prompt in prompts]
+            assert [streamed_ids(stream.result()) for stream in streams] == alone
+
+
+def test_d07_demand_of_five_pools_ends_right_by_preemption(live):
+    view = live.engine()
+    capacity = view["num_blocks"] * view["block_size"]
+    prompts = [[10 + number, 20, 30] for number in range(-(-5 * capacity // 400))]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        streams = [pool.submit(live.stream, prompt, **LONG) for prompt in prompts]
+        events = [stream.result() for stream in streams]
+    live.exchanges.clear()
+    crowded = [streamed_ids(each) for each in events]
+    assert live.engine()["num_preemptions"] > view["num_preemptions"]
+    for prompt, ids in zip(prompts, crowded, strict=True):
+        assert ids == live.complete(prompt, **LONG).token_ids
+
+
+def test_d08_request_larger_than_the_pool_is_refused_at_once(start):
+    with start(is_scripted=True, num_blocks=8) as server:  # 128 tokens of a context of 512
+        for prompt, length in ((list(range(10, 110)), 100), ("a", 200), ([5] * 200, 1)):
+            error = server.complete(prompt, max_tokens=length).check_refusal()
+            assert error["code"] == "context_length_exceeded"
+        fitting = server.complete([5] * 100, max_tokens=28, ignore_eos=True)
+        assert len(fitting.token_ids) == 28
+
+
+def test_d09_colliding_hashes_share_no_block(monkeypatch):
+    """Every key is the same; the runner notices any block that is read for another's."""
+    monkeypatch.setattr(BlockHasher, "key", lambda self, parent, token_ids: b"the same key")
+    monkeypatch.setattr(BlockHasher, "root", lambda self, adapter, salt: b"root" + salt.encode())
+    driver = Driver(make_limits())
+    alone = Driver(make_limits(), enable_prefix_caching=False)
+    randomness = random.Random(0)
+    for number in range(60):
+        prompt = [randomness.randrange(4) for _ in range(randomness.randrange(4, 30))]
+        for each in (driver, alone):
+            each.submit(f"r{number}", prompt)
+        driver.round()
+    driver.run()
+    alone.run()
+    for number in range(60):
+        assert driver.tokens(f"r{number}") == alone.tokens(f"r{number}")
+
+
+def cached(answer) -> int:
+    return answer.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_d10_nothing_is_shared_across_salts(live):
+    fields = {"max_tokens": 1}
+    prompt = f"salted {STORY}"
+    assert cached(live.complete(prompt, cache_salt="a", **fields)) == 0
+    assert cached(live.complete(prompt, cache_salt="a", **fields)) > 0
+    for salt in ("b", "A", "a ", "a\u0000", "aa"):
+        assert cached(live.complete(prompt, cache_salt=salt, **fields)) == 0
+    assert cached(live.complete(prompt, **fields)) == 0
+    assert cached(live.complete(prompt, key=OTHER_KEY, cache_salt="a b", **fields)) == 0
+    probe = live.post(f"{COMPLETIONS}?dry_run=1", {"prompt": prompt, "cache_salt": "c"})
+    assert probe.status == 200
+    assert b'"expected_cached_tokens":0,' in probe.body
+
+
+def test_d22_mixed_load_with_aborts_and_faults_leaves_memory_flat(live, full):
+    """Rounds of all kinds at once; what a round leaves behind must not grow."""
+    randomness = random.Random(22)
+    alone = {f"soak {number}": live.complete(f"soak {number}").token_ids for number in range(8)}
+
+    def one(number: int) -> None:
+        kind, prompt = randomness.randrange(6), f"soak {number % 8}"
+        if kind == 0:
+            leave(
+                live,
+                post_bytes({"prompt": prompt, "stream": True, **LONG}, COMPLETIONS),
+                number % 900,
+            )
+        elif kind == 1:
+            assert live.complete(f"soak fault:{'raise' if number % 2 else 'nan'} x").status == 500
+        elif kind == 2:
+            assert live.chat(prompt, response_format={"type": "json_object"}).status == 200
+        elif kind == 3:
+            live.complete(prompt, temperature=9).check_refusal()
+        elif kind == 4:
+            assert streamed_ids(live.stream(prompt)) == alone[prompt]
+        else:
+            assert live.complete(prompt).token_ids == alone[prompt]
+
+    def round_of(count: int) -> int:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, range(count)))
+        live.wait(live.is_idle)
+        live.exchanges.clear()
+        return live.vitals().resident
+
+    count = 5000 if full else 120
+    round_of(count)
+    second, third = round_of(count), round_of(count)
+    assert third < second + (16 << 20)
