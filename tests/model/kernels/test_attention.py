@@ -67,7 +67,7 @@ def assert_equals_reference(problem: Problem, output: torch.Tensor) -> None:
 def draw_shape(rng: random.Random) -> dict[str, int]:
     return {
         "num_kv_heads": rng.choice([1, 2]),
-        "group": rng.choice([1, 2, 3, 4, 8, 16]),
+        "group": rng.choice([1, 2, 3, 4, 8]),
         "head_dim": rng.choice([16, 64, 80, 96, 128]),
         "block_size": rng.choice([16, 32, 64, 128]),
     }
@@ -89,7 +89,7 @@ def small_splits(monkeypatch):
 def test_prefill_equals_the_reference(dtype, device):
     rng = random.Random(3)
     for _ in range(4):
-        lengths = draw_lengths(rng, 24)
+        lengths = draw_lengths(rng, 14)
         problem = draw_problem(rng, device, lengths=lengths, dtype=dtype, **draw_shape(rng))
         assert_equals_reference(problem, prefill(problem, SMALL))
 
