@@ -16,16 +16,17 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from app.errors import InvalidRequest
 from app.text.marks import AddedTokenSpans, Marks, cut, marked, pick_marks
+from app.text.template_limits import MAX_CHARS, LimitedEnvironment
 from model.errors import TokenizerError
 from model.tokenizer import Tokenizer, UnencodableText
 
 Message = Mapping[str, object]
 
-MAX_RENDERED_CHARS = 16 * 2**20
+MAX_RENDERED_CHARS = MAX_CHARS
+_MAX_INDENT = 16
 _MAX_REASON_CHARS = 300
 # What operations on values of the wrong type raise inside a template.
 _TEMPLATE_FAULTS = (
@@ -51,7 +52,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._spans = AddedTokenSpans(added_tokens)
         try:
-            self._template = _environment().from_string(source)
+            self._environment = _environment()
+            self._template = self._environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             reason = _clean(str(error))
             raise TokenizerError(f"the chat template does not compile: {reason}") from error
@@ -106,6 +108,7 @@ class ChatTemplate:
     def _run(self, names: Mapping[str, object], marks: Marks) -> str:
         parts = []
         num_chars = 0
+        self._environment.start()
         try:
             for part in self._template.generate(names):
                 parts.append(part)
@@ -182,8 +185,8 @@ def _uses_tools(source: str) -> bool:
         return False  # it does not compile either, which is told then
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
@@ -211,6 +214,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Spell JSON without HTML's escapes. Private-use characters stay: they may be marks."""
+    if indent is not None and indent > _MAX_INDENT:
+        raise ValueError("tojson indents by too much")
     text = json.dumps(
         value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
