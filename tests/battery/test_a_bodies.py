@@ -6,7 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from app.serving import conversation
+from tests.api.serve import client_of, run
 from tests.battery.client import CHAT, COMPLETIONS, get_bytes, post_bytes
+from tests.fake_engine import FakeEngine, says
 
 URLS = (COMPLETIONS, CHAT, "/tokenize", "/detokenize")
 EVERY_URL = pytest.mark.parametrize("url", URLS)
@@ -230,15 +233,28 @@ def test_a19_no_character_of_a_request_moves_the_cursor_of_who_reads_the_log(liv
     assert all(line.isprintable() for line in lines)
 
 
-def test_a14_large_tools_are_put_into_the_prompt_beside_the_event_loop(live):
-    """What is long in a chat may stand in its tools as well as in its messages."""
-    function = {"name": "f", "description": "x" * 15_000}
-    tools = [{"type": "function", "function": function}] * 120
-    body = {"messages": [{"role": "user", "content": "a"}], "tools": tools}
-    with ThreadPoolExecutor(1) as pool:
-        refusal = pool.submit(live.post, CHAT, body)
-        longest = threading.Event()
-        while not refusal.done():
-            assert live.get("/health", key=None).status == 200
-            longest.wait(0.001)
-    refusal.result().check_refusal()
+@pytest.mark.xfail(
+    strict=True,
+    reason="tools count for nothing in the length that decides whether a chat is rendered and "
+    "tokenised off the event loop: 1.5 MB of them hold it up for 2 s (app/serving/conversation)",
+)
+def test_a14_large_tools_are_put_into_the_prompt_beside_the_event_loop(monkeypatch):
+    threads = []
+
+    def note_thread(*_args, **_options):
+        threads.append(threading.current_thread())
+        return [1]
+
+    monkeypatch.setattr(conversation, "encode_chat", note_thread)
+    function = {"name": "f", "description": "x" * 500_000}
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "tools": [{"type": "function", "function": function}],
+    }
+
+    async def scenario():
+        async with client_of(FakeEngine(says("x"))) as client:
+            await client.post(CHAT, json=body)
+
+    run(scenario())
+    assert threading.main_thread() not in threads  # refused, or worked on elsewhere

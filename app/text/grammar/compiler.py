@@ -64,7 +64,13 @@ class GrammarCompiler:
         matcher = await self._matcher(spec)
         if isinstance(matcher, str):
             raise InvalidRequest(f"'{param}' cannot be compiled: {matcher}.", param=param)
-        return tuple(GrammarConstraint(matcher.deep_copy()) for _ in range(count))
+        loop = asyncio.get_running_loop()
+
+        def on_failure() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._refuse, spec)
+
+        return tuple(GrammarConstraint(matcher.deep_copy(), on_failure) for _ in range(count))
 
     def close(self) -> None:
         """End the thread and the process; what is queued is dropped."""
@@ -87,6 +93,12 @@ class GrammarCompiler:
         self._cache.move_to_end(spec)
         return await asyncio.shield(found)
 
+    def _refuse(self, spec: GrammarSpec) -> None:
+        """Remember of a grammar that it can't be followed; what it has grown to is let go."""
+        refusal: asyncio.Future[LLMatcher | str] = asyncio.get_running_loop().create_future()
+        refusal.set_result("it becomes too complex while text is generated")
+        self._cache[spec] = refusal
+
     def _count_down(self, _done: "asyncio.Future[LLMatcher | str]") -> None:
         self._num_waiting -= 1
 
@@ -103,8 +115,9 @@ class GrammarCompiler:
         if self._vocabulary is None:
             self._vocabulary = self._make_vocabulary()
         matcher = LLMatcher(self._vocabulary, grammar, limits=parser_limits(), log_level=0)
-        matcher.deep_copy().compute_bitmask()  # the first is the dearest: not in a step
-        return _in_short(matcher.get_error()) if matcher.is_error() else matcher
+        trial = matcher.deep_copy()
+        trial.compute_bitmask()  # the first is the dearest: not in a step
+        return _in_short(trial.get_error()) if trial.is_error() else matcher
 
     def _make_vocabulary(self) -> LLTokenizer:
         num_known = min(self._vocab_size, self._tokenizer.vocab_size)

@@ -4,7 +4,7 @@ Method and library: llguidance (Earley parser over derivatives of regular expres
 a trie of the vocabulary). Its calls let go of the interpreter while they compute.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from llguidance import LLMatcher
@@ -13,10 +13,11 @@ from model.step import ConstraintFailed, MaskBuffer
 
 
 class GrammarConstraint:
-    """TokenConstraint over one matcher, which it owns."""
+    """TokenConstraint over one matcher, which it owns. `on_failure` may be called by any thread."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, on_failure: Callable[[], None]) -> None:
         self._matcher = matcher
+        self._on_failure = on_failure
 
     def fill(self, buffer: MaskBuffer) -> None:
         words = np.frombuffer(buffer, dtype=np.uint32)
@@ -43,4 +44,5 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            self._on_failure()
             raise ConstraintFailed("the grammar became too complex while the text was generated")

@@ -1,0 +1,32 @@
+"""No case without a test, no test without a case."""
+
+import ast
+import re
+from pathlib import Path
+
+from tests.battery.cases import CASES
+from tests.battery.report import case_of
+
+FILES = sorted(Path(__file__).parent.glob("test_*.py"))
+
+
+def test_every_case_has_a_test_and_every_test_a_case():
+    functions = [
+        node.name
+        for path in FILES
+        if path.name != Path(__file__).name
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert {case_of(name) for name in functions} == set(CASES)
+
+
+def test_ids_are_those_of_the_five_groups_without_a_gap():
+    groups = {}
+    for name in CASES:
+        assert re.fullmatch("[A-E][0-9]{2}", name)
+        groups.setdefault(name[0], []).append(int(name[1:]))
+    assert {group: len(numbers) for group, numbers in groups.items()} == {
+        "A": 24, "B": 8, "C": 12, "D": 22, "E": 8,
+    }  # fmt: skip
+    assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in groups.values())
