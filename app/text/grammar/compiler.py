@@ -97,7 +97,8 @@ class GrammarCompiler:
         """Remember of a grammar that it can't be followed; what it has grown to is let go."""
         refusal: asyncio.Future[LLMatcher | str] = asyncio.get_running_loop().create_future()
         refusal.set_result("it becomes too complex while text is generated")
-        self._cache[spec] = refusal
+        if spec in self._cache:
+            self._cache[spec] = refusal
 
     def _count_down(self, _done: "asyncio.Future[LLMatcher | str]") -> None:
         self._num_waiting -= 1
