@@ -174,7 +174,7 @@ class Server:
             threading.Event().wait(0.01)
 
     def log_text(self) -> str:
-        return self.log.read_text("utf-8", "replace") if self.log.is_file() else ""
+        return Path(self.log).read_text("utf-8", "replace") if Path(self.log).is_file() else ""
 
     def engine(self) -> dict:
         return self.get("/v1/engine").json
@@ -186,11 +186,12 @@ class Server:
 
     def vitals(self) -> Vitals:
         process = psutil.Process(self.process.pid)
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return Vitals(
             num_files=process.num_fds(),
             num_threads=process.num_threads(),
             resident=process.memory_info().rss,
-            num_children=len(process.children(recursive=True)),
+            num_children=sum(len(task.read_text().split()) for task in tasks),
         )
 
     def canary(self) -> list[int]:
@@ -237,39 +238,55 @@ def streamed_ids(events: Sequence[dict]) -> list[int]:
     return [token_id for choice in choices for token_id in choice["token_ids"] or ()]
 
 
-@contextlib.contextmanager
-def running(
-    arguments: Sequence[str],
-    log: Path,
-    *,
-    options: Mapping[str, object] | None = None,
-    stderr: int | None = None,
-    preexec: Callable[[], None] | None = None,
-    port: int = 0,
-) -> Iterator[Server]:
-    """Start a server of the battery and kill it in the end; its log is a file unless told."""
-    command = [sys.executable, "-m", "tests.battery.server", json.dumps(dict(options or {}))]
-    with contextlib.ExitStack() as stack:
-        if stderr is None:
-            stderr = stack.enter_context(log.open("wb")).fileno()
-        process = subprocess.Popen(
-            [*command, *arguments, "--port", str(port)],
+class Starter:
+    """Starts server processes; one more has always done its imports and waits for its options."""
+
+    def __init__(self) -> None:
+        self._spare = self._launch()
+
+    def take(self) -> subprocess.Popen:
+        process, self._spare = self._spare, self._launch()
+        return process
+
+    def close(self) -> None:
+        end(self._spare)
+
+    def _launch(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.battery.server"],
             cwd=ROOT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=stderr,
-            preexec_fn=preexec,
             env={**os.environ, "OMP_NUM_THREADS": "2"},
         )
-        try:
-            line = process.stdout.readline()
-            assert line, log.read_text() if log.is_file() else "it has not started"
-            server = Server(process, int(line), log)
-            server.wait(lambda: is_listening(server))
-            yield server
-        finally:
-            process.kill()
-            process.communicate()
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process and close its pipes."""
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+@contextlib.contextmanager
+def running(
+    starter: Starter, arguments: Sequence[str], log: Path, *, port: int = 0, **options: object
+) -> Iterator[Server]:
+    """Start a server of the battery and kill it in the end."""
+    process = starter.take()
+    try:
+        words = [*arguments, "--port", str(port)]
+        line = json.dumps({"arguments": words, "log": str(log), **options})
+        process.stdin.write(line.encode() + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, Path(log).read_text() if Path(log).is_file() else "it has not started"
+        server = Server(process, int(answer), log)
+        server.wait(lambda: is_listening(server))
+        yield server
+    finally:
+        end(process)
 
 
 def is_listening(server: Server) -> bool:

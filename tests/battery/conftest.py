@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.battery.client import CANARY, KEY, OTHER_KEY, Server, Vitals, running
+from tests.battery.client import CANARY, KEY, OTHER_KEY, Server, Starter, Vitals, running
 from tests.toy import write_toy_checkpoint
 
 MAX_GROWTH = 96 << 20  # of a server over one case
@@ -56,14 +56,21 @@ def arguments(toy: Path) -> list[str]:
     return [str(toy), *(str(part) for pair in flags.items() for part in pair)]
 
 
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    starter = Starter()
+    yield starter
+    starter.close()
+
+
 @pytest.fixture
-def start(arguments: list[str], tmp_path: Path) -> Start:
-    """Start servers of a case's own: `start(options..., flags=[...])`."""
+def start(starter: Starter, arguments: list[str], tmp_path: Path) -> Start:
+    """Start servers of a case's own: `start(flags=[...], **options)`."""
     numbers = count()
 
-    def start_one(*, flags: tuple[str, ...] = (), stderr=None, preexec=None, **options):
-        log = tmp_path / f"log-{next(numbers)}"
-        return running([*arguments, *flags], log, options=options, stderr=stderr, preexec=preexec)
+    def start_one(*, flags: tuple[str, ...] = (), log: Path | None = None, **options):
+        log = tmp_path / f"log-{next(numbers)}" if log is None else log
+        return running(starter, [*arguments, *flags], log, **options)
 
     return start_one
 
@@ -104,9 +111,11 @@ class Shared:
 
 
 @pytest.fixture(scope="session")
-def shared(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+def shared(
+    starter: Starter, arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shared]:
     log = tmp_path_factory.mktemp("battery-log") / "log"
-    shared = Shared(partial(running, arguments, log, options={"max_queued": 128}))
+    shared = Shared(partial(running, starter, arguments, log, max_queued=128))
     yield shared
     shared.close()
 
@@ -124,11 +133,11 @@ def live(shared: Shared) -> Iterator[Server]:
     server.wait(server.is_idle)
     start = shared.at_start
     server.wait(lambda: server.vitals().num_files <= start.num_files + 1)
-    assert server.vitals().num_threads <= start.num_threads + 1
-    assert server.vitals().num_children <= start.num_children
-    resident = server.vitals().resident
-    assert resident < before.resident + MAX_GROWTH
-    assert resident < start.resident + MAX_GROWTH_IN_ALL
+    after = server.vitals()
+    assert after.num_threads <= start.num_threads + 1
+    assert after.num_children <= start.num_children
+    assert after.resident < before.resident + MAX_GROWTH
+    assert after.resident < start.resident + MAX_GROWTH_IN_ALL
     server.check_nothing_leaked()
 
 

@@ -1,11 +1,13 @@
-"""The whole server over faulty parts: `python -m tests.battery.server OPTIONS ARGUMENTS...`
+"""The whole server over faulty parts: `python -m tests.battery.server`
 
-ARGUMENTS are those of `arriero serve`, OPTIONS is JSON: see `Options`. Writes its port and serves;
-the exit code is the server's. Nothing of this can be asked of the server that is shipped.
+Reads one line of JSON, see `Options`, writes its port and serves; the exit code is the server's.
+Nothing of this can be asked of the server that is shipped.
 """
 
 import dataclasses
 import json
+import os
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import app.engine.engine as engine_module
 import app.engine.scheduler as scheduler_module
 import app.main as main_module
+import model.loader as loader_module
 from app.api.connections import EdgeConfig
 from app.cli import parse
 from app.engine import loop
@@ -27,11 +30,14 @@ from tests.fake_runner import FakeRunner
 
 @dataclass(frozen=True)
 class Options:
-    """What has no flag: how much may wait, when a step is stuck, whether the model is a hash."""
+    """The command line of `arriero serve`, and what has no flag."""
 
-    max_queued: int = 1024
-    patience_s: float | None = None
-    is_scripted: bool = False  # with FakeRunner, which notices every wrong block
+    arguments: list[str]
+    log: str  # where standard error goes; "": into a pipe that nobody reads
+    max_files: int | None = None  # that the process may open
+    max_queued: int = 1024  # sequences
+    patience_s: float | None = None  # with a step
+    is_scripted: bool = False  # the model is FakeRunner, which notices every wrong block
     num_blocks: int = 64  # then
     pace_s: float = 0.0  # of its steps
 
@@ -48,15 +54,30 @@ class ScriptedRunner(FakeRunner):
         return super().launch(plan, fill_masks)
 
 
+def redirect_errors(path: str) -> None:
+    """Have standard error go to a file, or nowhere at all."""
+    if path:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    else:
+        reading, log = os.pipe()
+        os.close(reading)
+    os.dup2(log, 2)
+    os.close(log)
+
+
 def main() -> None:
     """Serve until a signal or a fault ends it."""
-    options = Options(**json.loads(sys.argv[1]))
-    command = parse(["serve", *sys.argv[2:]], read_environment())
+    options = Options(**json.loads(sys.stdin.readline()))
+    redirect_errors(options.log)
+    if options.max_files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (options.max_files, options.max_files))
+    command = parse(["serve", *options.arguments], read_environment())
     main_module.set_up_logging(command.server.log_level)
     if options.patience_s is not None:
         loop.FIRST_PATIENCE_S = loop.MIN_PATIENCE_S = options.patience_s
         engine_module.JOIN_TIMEOUT_S = options.patience_s
     settings = main_module._with_open_files(command.server)
+    loader_module.available_threads = lambda: 1  # the other core is the clients'
     loaded = load_model(command.load)
     tokenizer = FaultyTokenizer(loaded.tokenizer)
 

@@ -1,5 +1,6 @@
 """Group E, files: a model folder is hostile until it has been checked."""
 
+import dataclasses
 import itertools
 import json
 import struct
@@ -8,18 +9,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
 from app.cli import parse
 from app.errors import InvalidRequest
+from app.factory import create_app
 from app.main import make_context
-from app.settings import read_environment
+from app.settings import ServerSettings, read_environment
 from app.text import template_limits
 from app.text.chat_template import ChatTemplate
 from model.errors import ModelError, TokenizerError
 from model.loader import load_model
-from tests.battery.client import ROOT
+from tests.api.serve import run
+from tests.battery.client import CHAT, ROOT
+from tests.fake_engine import FakeEngine, says
+from tests.fake_engine import make_context as make_fake_context
 from tests.toy import write_json, write_toy_checkpoint, write_toy_gguf
 
 
@@ -133,14 +139,12 @@ def test_e01_missing_and_escaping_shards_are_refused(tmp_path):
 
 
 def test_e01_process_leaves_with_one_line_and_an_exit_code(tmp_path):
-    """Damaged weights, an absurd config and no GGUF, as an operator meets them."""
+    """Damaged weights and no GGUF, as an operator meets them."""
     cut = write_toy_checkpoint(tmp_path / "cut")
     (cut / "model.safetensors").write_bytes(b"x" * 100)
-    absurd = write_toy_checkpoint(tmp_path / "absurd")
-    write_json(absurd / "config.json", {"model_type": "llama", "hidden_size": 2**40})
     gguf = tmp_path / "x.gguf"
     gguf.write_bytes(b"GGUF" + b"\xff" * 100)
-    for code, said in run_arriero(cut, absurd, gguf):
+    for code, said in run_arriero(cut, gguf):
         assert code == 1
         (line,) = said.splitlines()
         assert line.startswith("arriero: ")
@@ -235,11 +239,15 @@ def test_e04_tokenizer_that_is_none_is_refused(tmp_path, content):
     refusal_of(folder)
 
 
-def test_e04_model_without_an_end_of_text_is_served_to_its_length(start, toy):
-    """The toy's own end is found in its template; one that names none has max_tokens."""
-    with start(flags=("--generation-config", "vllm")) as server:
-        answer = server.complete("a", max_tokens=40, ignore_eos=True)
-        assert len(answer.token_ids) == 40
+def test_e04_model_that_names_no_end_of_text_has_none_and_is_served(tmp_path):
+    folder = write_toy_checkpoint(tmp_path, eos_token_id=None)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        write_json(folder / name, {})
+    command = parse(["serve", str(folder), "--device", "cpu"], read_environment())
+    context = make_context(command, load_model(command.load))
+    assert context.eos_token_ids == frozenset()
+    assert context.chat_template is None
+    context.grammars.close()
 
 
 ESCAPES = (
@@ -320,15 +328,22 @@ def test_e04_template_that_does_not_end_or_fills_the_memory_is_stopped(source, m
     assert len(str(caught.value)) < 500
 
 
-def test_e04_hostile_template_costs_its_request_alone(start, tmp_path):
-    template = tmp_path / "template"
-    honest = "{{ messages[0].content }}"
-    template.write_text(f"{{% if messages[0].content == 'hi' %}}{BOMBS[0]}{{% endif %}}{honest}")
-    with start(flags=("--chat-template", str(template))) as server:
-        reference = server.canary()
-        server.chat("hi").check_refusal(400)
-        assert server.chat("hello").status == 200
-        assert server.canary() == reference
+def test_e04_hostile_template_costs_its_request_alone(monkeypatch):
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
+    loop = f"{{% if messages[0].content == 'hi' %}}{BOMBS[0]}{{% endif %}}x"
+    template = ChatTemplate(loop, special_tokens={}, added_tokens=())
+    engine = FakeEngine(says("x"))
+    context = dataclasses.replace(make_fake_context(engine), chat_template=template)
+
+    async def scenario():
+        transport = httpx.ASGITransport(app=create_app(context, ServerSettings()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for content, status in (("hi", 400), ("hello", 200)):
+                body = {"messages": [{"role": "user", "content": content}]}
+                assert (await client.post(CHAT, json=body)).status_code == status
+
+    run(scenario())
+    context.grammars.close()
 
 
 def test_e05_nothing_loads_an_adapter(live):
