@@ -254,7 +254,7 @@ def test_b05_huge_tools_are_refused(live):
 
 
 def test_b06_ever_new_schemas_fill_neither_memory_nor_disk(live, full, tmp_path):
-    count = 5000 if full else 300
+    count = 5000 if full else 200
 
     def ask(number: int) -> None:
         schema = {"type": "object", "properties": {f"p{number}": {"enum": [number]}}}
