@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Generator
-from types import FrameType, TracebackType
+from types import FrameType
 
 import uvicorn
 from tqdm import tqdm
@@ -34,10 +34,6 @@ from model.loader import LoadedModel, ModelInfo, Progress, inspect_model, load_m
 
 logger = logging.getLogger("arriero")
 
-ExceptionInfo = (
-    tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
-)
-
 CLOSE_TIMEOUT_S = 5  # for clients to read their last event
 GC_THRESHOLD = 100_000  # objects made and not yet freed before the collector looks at the young
 OTHER_FILES = 512  # open besides connections: probes above the cap, libraries, logs
@@ -54,7 +50,6 @@ def serve(command: Command) -> int:
     """Serve until told to stop; returns the exit code."""
     started_s = time.monotonic()
     settings = command.server
-    set_up_logging(settings.log_level)
     settings = _with_open_files(settings)
     # Bound before the weights are read: a port that is taken is no news after a minute.
     listener = bind(settings)
@@ -196,32 +191,6 @@ class DrainingServer(uvicorn.Server):
             connection.transport.abort()
         if tasks := set(self.server_state.tasks):
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
-
-
-class LineFormatter(logging.Formatter):
-    """One line a message: what a client sent can neither start a line nor move a cursor."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return _printable(super().formatMessage(record))
-
-    def formatException(self, ei: ExceptionInfo) -> str:
-        """Return a traceback, indented: its last line may quote what a client sent."""
-        lines = super().formatException(ei).split("\n")
-        return "\n".join("  " + _printable(line) for line in lines)
-
-
-def _printable(line: str) -> str:
-    if line.isprintable():
-        return line
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
-
-
-def set_up_logging(level: str) -> None:
-    """Log to standard error, a line a message."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def settle_collector() -> None:

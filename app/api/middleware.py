@@ -74,9 +74,9 @@ class Gate:
         try:
             await self._app(scope, receive, send_named)
         except ClientDisconnect:
-            logger.debug("request %s: client gone", request_id)
+            logger.debug("request %s: client gone", request_id, extra={"request_id": request_id})
         except Exception:
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             if has_started:
                 raise
             failure = ServiceError("The server had an internal error.")

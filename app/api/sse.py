@@ -6,7 +6,7 @@ Either way the client's going away ends the work: Starlette would not tell a pla
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -77,20 +77,22 @@ class EventStream(Response):
         try:
             await send(start)
             # What stands between looks at the start of an answer alone.
-            await unless_gone(receive, self._send_events(scope["state"]["send"]))
+            await unless_gone(receive, self._send_events(scope["state"]))
         except ClientDisconnect:
-            logger.debug("client gone")
+            logger.debug("client gone", extra={"request_id": scope["state"]["request_id"]})
         finally:
             self._answer.abort()
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, state: Mapping[str, Any]) -> None:
+        send: Send = state["send"]
+
         async def send_data(data: bytes) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
-        await send_kept_alive(self._lines(), send_data, KEEP_ALIVE_S)
+        await send_kept_alive(self._lines(state["request_id"]), send_data, KEEP_ALIVE_S)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _lines(self) -> AsyncIterator[bytes]:
+    async def _lines(self, request_id: str) -> AsyncIterator[bytes]:
         try:
             async for chunks in self._answer.events():
                 yield b"data: %b\n\n" % b"\n\ndata: ".join(chunks)
@@ -99,7 +101,7 @@ class EventStream(Response):
             return
         except Exception:
             # Nobody behind this could still tell the client: its answer has begun.
-            logger.exception("a stream failed")
+            logger.exception("a stream failed", extra={"request_id": request_id})
             failure = ServiceError("The server had an internal error.")
             yield b"data: %b\n\n" % encode_json(error_body(failure))
             return

@@ -22,7 +22,8 @@ from app.api.connections import EdgeConfig
 from app.bench.process import ServerProcess, free_port
 from app.cli import parse
 from app.factory import create_app
-from app.main import DrainingServer, bind, make_context, set_up_logging, settle_collector
+from app.logs import set_up_logging
+from app.main import DrainingServer, bind, make_context, settle_collector
 from app.settings import read_environment
 from model.loader import LoadedModel, inspect_model
 from model.step import (

@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-from app.cli.command import Command, say
+from app.cli.command import Command, voice_of
 from app.cli.parser import build_parser, parse
 from app.cli.values import parse_speculation
 from app.settings import read_environment
@@ -14,11 +14,11 @@ __all__ = ["Command", "build_parser", "main", "parse", "parse_speculation"]
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command; what the user got wrong is one line and exit code 1."""
+    args = build_parser().parse_args(argv)
     try:
-        args = build_parser().parse_args(argv)
         sys.exit(args.run(args, read_environment()))
     except (ModelError, OSError) as error:
-        say(f"arriero: {error}")
+        voice_of(args)(f"arriero: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,6 +1,7 @@
 """What a command line asks to load and serve, as one frozen message."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from app.engine.drafts import NgramSpeculation
 from app.settings import Environment, ServerSettings, read_api_keys
 from app.text.tools.parser import ToolFormat
 from model.config import LoadOptions
+
+logger = logging.getLogger("arriero")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ def command_of(args: argparse.Namespace, environment: Environment) -> Command:
         # Imported here: nothing of this is needed when a model is named.
         from model.weights.demo import DEMO_MODEL_NAME, fetch_demo_model
 
-        model = str(fetch_demo_model(environment.cache_dir, log=say))
+        model = str(fetch_demo_model(environment.cache_dir, log=voice_of(args)))
         served = served or (DEMO_MODEL_NAME,)
     return Command(
         load=load_options(args, model, environment),
@@ -100,6 +103,11 @@ def load_options(args: argparse.Namespace, model: str, environment: Environment)
         seed=args.seed,
         cache_dir=str(environment.cache_dir),
     )
+
+
+def voice_of(args: argparse.Namespace) -> Callable[[str], None]:
+    """Return what tells the user: standard error, or the log where programs read that."""
+    return logger.warning if getattr(args, "log_format", "text") == "json" else say
 
 
 def say(line: str) -> None:

@@ -70,3 +70,5 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         help="time that running requests have left after SIGTERM")  # fmt: skip
     levels = ["debug", "info", "warning", "error"]
     add("--log-level", choices=levels, default="info", help="what is logged")
+    add("--log-format", choices=["text", "json"], default="text",
+        help="json: one object a line, for programs to read")  # fmt: skip

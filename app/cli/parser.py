@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from app.cli.command import Command, command_of
 from app.cli.options import add_model_options, add_server_options
+from app.logs import set_up_logging
 from app.settings import Environment
 
 Run = Callable[[argparse.Namespace, Environment], int]
@@ -42,6 +43,7 @@ def parse(argv: list[str] | None, environment: Environment) -> Command:
 
 def run_serve(args: argparse.Namespace, environment: Environment) -> int:
     """Serve until told to stop."""
+    set_up_logging(args.log_level, args.log_format)
     command = command_of(args, environment)
     from app.main import serve
 

@@ -1,6 +1,6 @@
 """A process with the server's own logging, socket and signals, and an engine that says little.
 
-`python -m tests.api.serve_process LOG_LEVEL DRAIN_S` writes its port; it ends by signals alone.
+`python -m tests.api.serve_process LOG_LEVEL DRAIN_S LOG_FORMAT` writes its port; signals end it.
 """
 
 import asyncio
@@ -8,7 +8,8 @@ import sys
 
 from app.api.connections import EdgeConfig
 from app.factory import create_app
-from app.main import DrainingServer, bind, set_up_logging
+from app.logs import set_up_logging
+from app.main import DrainingServer, bind
 from app.settings import ServerSettings
 from tests.fake_engine import FakeEngine, make_context, says
 
@@ -22,11 +23,11 @@ class StubbornEngine(FakeEngine):
 
 
 def main() -> None:
-    level, drain_s = sys.argv[1:]
+    level, drain_s, log_format = sys.argv[1:]
     settings = ServerSettings(
         port=0, api_keys=("secret",), log_level=level, shutdown_timeout_s=float(drain_s)
     )
-    set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, "json" if log_format == "json" else "text")
     engine = StubbornEngine(says("x"))
     engine.gate.clear()
     app = create_app(make_context(engine), settings)

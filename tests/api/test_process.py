@@ -19,10 +19,10 @@ HEALTH = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
 
 
 @contextlib.contextmanager
-def running(log_level: str = "info", drain_s: float = 30):
+def running(log_level: str = "info", drain_s: float = 30, log_format: str = "text"):
     """A server process and a client of it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.api.serve_process", log_level, str(drain_s)],
+        [sys.executable, "-m", "tests.api.serve_process", log_level, str(drain_s), log_format],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -21,6 +21,7 @@ from app.cli import parse
 from app.engine import loop
 from app.engine.admission import Admission
 from app.factory import create_app
+from app.logs import set_up_logging
 from app.settings import read_environment
 from model.loader import load_model
 from model.step import RunnerLimits
@@ -72,7 +73,7 @@ def main() -> None:
     if options.max_files is not None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (options.max_files, options.max_files))
     command = parse(["serve", *options.arguments], read_environment())
-    main_module.set_up_logging(command.server.log_level)
+    set_up_logging(command.server.log_level)
     if options.patience_s is not None:
         loop.FIRST_PATIENCE_S = loop.MIN_PATIENCE_S = options.patience_s
         engine_module.JOIN_TIMEOUT_S = options.patience_s

@@ -16,6 +16,7 @@ FLOORS = {
     "app.serving": 3,
     "app.api": 4,
     "app.factory": 5,
+    "app.logs": 5,
     "app.main": 5,
     "app.cli": 5,
     "app.bench": 5,

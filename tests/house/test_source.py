@@ -34,6 +34,7 @@ OPTIONS = frozenset(
         "--kv-cache-dtype",
         "--kv-cache-memory-bytes",
         "--load-format",
+        "--log-format",
         "--log-level",
         "--max-connections",
         "--max-connections-per-client",
