@@ -1,6 +1,7 @@
 """Group D, load: clients that leave, stall and flood; a pool and a cache that are fought over."""
 
 import asyncio
+import contextlib
 import random
 import socket
 import struct
@@ -11,6 +12,7 @@ from tests.battery.client import (
     COMPLETIONS,
     HEALTH_BYTES,
     OTHER_KEY,
+    PATIENCE_S,
     Server,
     post_bytes,
     streamed_ids,
@@ -70,24 +72,26 @@ def test_d02_clients_that_leave_before_a_whole_answer_are_aborted_too(live, full
 
 
 def test_d03_readers_that_stall_are_ended_by_limit_and_hold_up_nobody(live, full):
-    body = {"prompt": "a", "stream": True, "logprobs": 20, "n": 4, **LONG}
-    request = post_bytes(body, COMPLETIONS)
+    """A few ask for more than all buffers on the way hold, the others for less."""
     num_files = live.vitals().num_files
-    stalled = []
-    for _ in range(50 if full else 6):
-        client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(live.address)
-        client.sendall(request)
-        stalled.append(client)
-    alone = live.complete("witness", **LONG).token_ids
-    assert len(alone) == 400
-    assert streamed_ids(live.stream("witness", **LONG)) == alone
-    live.wait(live.is_idle)  # the engine has not waited for them
-    live.wait(lambda: live.vitals().num_files <= num_files)  # the limit: --body-timeout
-    for client in stalled:
-        assert len(client.recv(65536)) > 0  # something had been sent to each
-        client.close()
+    body = {"prompt": "a", "stream": True, "logprobs": 20, **LONG}
+    wide, narrow = (post_bytes({**body, "n": n}, COMPLETIONS) for n in (16, 1))
+    with contextlib.ExitStack() as stack:
+        stalled = []
+        for number in range(50 if full else 8):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(PATIENCE_S)
+            client.connect(live.address)
+            client.sendall(wide if number < 2 else narrow)
+            stalled.append(client)
+        alone = live.complete("witness", key=OTHER_KEY, **LONG).token_ids
+        assert len(alone) == 400
+        assert live.complete("witness", key=OTHER_KEY, **LONG).token_ids == alone
+        live.wait(live.is_idle, 120)  # the engine has not waited for them
+        live.wait(lambda: live.vitals().num_files <= num_files)  # the limit: --body-timeout
+        for client in stalled[:2]:
+            assert b"[DONE]" not in live.read_all(client)
 
 
 def test_d04_flood_is_bounded_and_every_request_is_answered(live, full):
