@@ -53,7 +53,7 @@ def serve(command: Command) -> int:
     settings = _with_open_files(settings)
     # Bound before the weights are read: a port that is taken is no news after a minute.
     listener = bind(settings)
-    loaded = load_model(command.load, _progress_bar())
+    loaded = load_model(command.load, progress_bar())
     context = make_context(command, loaded)
     app = create_app(context, settings)
     for line in plan_lines(loaded.info):
@@ -233,7 +233,7 @@ def bind(settings: ServerSettings) -> socket.socket:
     return listener
 
 
-def _progress_bar() -> Progress | None:
+def progress_bar() -> Progress | None:
     """Return what draws a bar while weights load, if anybody is there to see it."""
     if not sys.stderr.isatty():
         return None

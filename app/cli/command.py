@@ -100,7 +100,7 @@ def load_options(args: argparse.Namespace, model: str, environment: Environment)
         gpu_memory_utilization=args.gpu_memory_utilization,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         generation_config=args.generation_config,
-        seed=args.seed,
+        seed=args.seed or 0,
         cache_dir=str(environment.cache_dir),
     )
 

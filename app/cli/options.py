@@ -11,7 +11,7 @@ from app.cli.values import count, origin, parse_speculation, positive, seconds, 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what says which model is loaded, and how."""
-    add = parser.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("model_path", nargs="?", metavar="MODEL", help="folder, .gguf file or hub id")
     add("--model", help="the same; with neither, a small demo model is fetched through pip")
     add("--served-model-name", nargs="+", default=[], help="names that clients may use")
@@ -41,12 +41,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="reuse K/V of prompts that begin alike")  # fmt: skip
     add("--speculative-config", type=parse_speculation, metavar="JSON",
         help='guess ahead: {"method": "ngram", "num_speculative_tokens": 4}')  # fmt: skip
-    add("--seed", type=int, default=0, help="of dummy weights")
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """Add what says where the HTTP service listens, and whom it lets in."""
-    add = parser.add_argument
+    add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="port to listen on; 0 picks one")
     add("--api-key", nargs="+", action="extend", default=[],
@@ -72,3 +71,23 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--log-level", choices=levels, default="info", help="what is logged")
     add("--log-format", choices=["text", "json"], default="text",
         help="json: one object a line, for programs to read")  # fmt: skip
+
+
+def add_weights_seed(parser: argparse.ArgumentParser) -> None:
+    """Add the seed of dummy weights, where no other is meant by that name."""
+    parser.add_argument("--seed", type=int, default=0, help="of dummy weights")
+
+
+def add_talk_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a command that talks to a model has: where it is, and how it samples."""
+    add = parser.add_argument_group("where").add_argument
+    add("--base-url", metavar="URL", help="a running server; without it, the model is loaded here")
+    add("--api-key", metavar="KEY", help="of that server (ARRIERO_API_KEY)")
+    add = parser.add_argument_group("sampling", "without a flag, the server's default").add_argument
+    add("--max-tokens", type=positive, metavar="N", help="longest answer")
+    add("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    add("--top-p", type=float, metavar="P", help="from the likeliest tokens of this share")
+    add("--top-k", type=int, metavar="K", help="from so many of the likeliest tokens")
+    add("--min-p", type=float, metavar="P", help="from tokens this likely beside the likeliest")
+    add("--seed", type=int, metavar="N", help="the same answer again")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")

@@ -5,10 +5,20 @@ functions need is imported when they run: `--help` should not cost the second th
 """
 
 import argparse
+import difflib
+import re
+import sys
 from collections.abc import Callable
+from functools import partial
+from typing import NoReturn
 
 from app.cli.command import Command, command_of
-from app.cli.options import add_model_options, add_server_options
+from app.cli.options import (
+    add_model_options,
+    add_server_options,
+    add_talk_options,
+    add_weights_seed,
+)
 from app.logs import set_up_logging
 from app.settings import Environment
 
@@ -16,29 +26,63 @@ Run = Callable[[argparse.Namespace, Environment], int]
 """Run a command; returns the exit code. Raises ModelError for what the user got wrong."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and a next step, not all flags there are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` says what there is\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="arriero", description="Serve LLaMA-family models, or talk to one."
-    )
+    parser = Parser(prog="arriero", description="Serve LLaMA-family models, or talk to one.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(name: str, run: Run, description: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=description, description=description)
-        command.set_defaults(run=run, fail=command.error)
+        command.set_defaults(run=run, fail=command.error, refuse_flag=partial(_refuse, command))
         return command
 
     serve = add_command("serve", run_serve, "load a model and serve OpenAI's API")
     add_model_options(serve)
+    add_weights_seed(serve)
     add_server_options(serve)
     info = add_command("info", run_info, "say what would be loaded, and the memory plan")
     add_model_options(info)
+    add_weights_seed(info)
+    generate = add_command("generate", run_generate, "continue a text on standard output")
+    generate.add_argument("--prompt", metavar="TEXT", help="default: standard input")
+    generate.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    chat = add_command("chat", run_chat, "talk to a model at the terminal")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this alone, and leave")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told to be")
+    for talk in (generate, chat):
+        add_talk_options(talk)
+        add_model_options(talk)
+    completion = add_command("completion", run_completion, "print what completes these commands")
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"])
     return parser
 
 
+def _refuse(command: argparse.ArgumentParser, word: str) -> None:
+    """Leave because of a word that a command does not know."""
+    flags = re.findall(r"--[a-z-]+", command.format_usage())
+    near = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    command.error(f"{word} means nothing here{meant}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command line; leaves with a line or two when it is wrong."""
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.refuse_flag(unknown[0])
+    return args
+
+
 def parse(argv: list[str] | None, environment: Environment) -> Command:
-    """Parse a command line that loads a model; leaves with a usage line when it is wrong."""
-    return command_of(build_parser().parse_args(argv), environment)
+    """Parse a command line that loads a model, and fetch the demo model if none is named."""
+    return command_of(parse_arguments(argv), environment)
 
 
 def run_serve(args: argparse.Namespace, environment: Environment) -> int:
@@ -56,3 +100,25 @@ def run_info(args: argparse.Namespace, environment: Environment) -> int:
     from app.main import describe
 
     return describe(command)
+
+
+def run_generate(args: argparse.Namespace, environment: Environment) -> int:
+    """Continue a text."""
+    from app.cli import generate
+
+    return generate.run(args, environment)
+
+
+def run_chat(args: argparse.Namespace, environment: Environment) -> int:
+    """Hold a conversation."""
+    from app.cli import chat
+
+    return chat.run(args, environment)
+
+
+def run_completion(args: argparse.Namespace, environment: Environment) -> int:  # noqa: ARG001
+    """Print a shell's completion of these very commands."""
+    from app.cli.completion import script_for
+
+    sys.stdout.write(script_for(args.shell, build_parser()))
+    return 0

