@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import gc
 import logging
 import resource
@@ -229,7 +230,11 @@ def bind(settings: ServerSettings) -> socket.socket:
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {error}") from error
+        hint = ""
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            hint = "; choose another --port, or 0 for any that is free"
+        where = f"{settings.host}:{settings.port}"
+        raise ConfigError(f"cannot listen on {where}: {error}{hint}") from error
     return listener
 
 

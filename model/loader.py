@@ -198,5 +198,5 @@ def _pick_device(options: LoadOptions) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {options.device}: only cpu and cuda are served")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {options.device}: torch sees no CUDA device")
+        raise ConfigError(f"--device {options.device}: torch sees no CUDA device; use --device cpu")
     return device

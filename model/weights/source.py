@@ -5,6 +5,7 @@ hold data are ever asked for: no pickles (but Meta's own), no Python.
 """
 
 import re
+import sys
 from pathlib import Path
 
 from model.config import LoadFormat, LoadOptions, shown
@@ -51,13 +52,19 @@ def _resolve(name: str, options: LoadOptions, patterns: list[str]) -> Path:
         if path.exists():
             return path
         raise ConfigError(f"{name}: the repository {match[1]} has no such file")
-    raise ConfigError(f"{name or repr(name)}: no such file or folder, and no id of a repository")
+    raise ConfigError(
+        f"{name or repr(name)}: no such file or folder, and no id of a repository; "
+        "without a name, a demo model is loaded"
+    )
 
 
 def _snapshot(repo_id: str, options: LoadOptions, patterns: list[str]) -> Path:
     # Costs a third of a second to import, and most models are local.
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         folder = snapshot_download(
             repo_id,
@@ -72,19 +79,23 @@ def _snapshot(repo_id: str, options: LoadOptions, patterns: list[str]) -> Path:
         )
     except errors.GatedRepoError as error:
         raise ConfigError(
-            f"{repo_id}: is gated; accept its licence on the Hub and give a token that may read it"
+            f"{repo_id}: is gated; accept its licence at https://huggingface.co/{repo_id} and set "
+            "HF_TOKEN to a token that may read it"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ConfigError(
-            f"{repo_id}: no such folder here, and no such repository on the Hub for this token"
+            f"{repo_id}: no such folder here, and no such repository on the Hub for this token; "
+            "a private one needs HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ConfigError(f"{repo_id}: has no revision {shown(options.revision)}") from error
     except errors.HFValidationError as error:
         raise ConfigError(f"{repo_id}: no such folder, and not the id of a repository") from error
     except errors.LocalEntryNotFoundError as error:
-        reason = "offline mode is on" if options.offline else "the Hub cannot be reached"
-        raise ConfigError(f"{repo_id}: no such folder, not in the cache, and {reason}") from error
+        reason = "HF_HUB_OFFLINE is set" if options.offline else "the Hub cannot be reached"
+        raise ConfigError(
+            f"{repo_id}: no such folder, not in the cache, and {reason}; name a folder or a file"
+        ) from error
     # The root of the errors of whichever HTTP library the client is built on, not declared by it.
     except (errors.HTTPError, errors.XetDownloadError, OSError) as error:  # type: ignore[attr-defined]
         first_line = str(error).strip().partition("\n")[0]

@@ -233,11 +233,6 @@ def test_a19_no_character_of_a_request_moves_the_cursor_of_who_reads_the_log(liv
     assert all(line.isprintable() for line in lines)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tools count for nothing in the length that decides whether a chat is rendered and "
-    "tokenised off the event loop: 1.5 MB of them hold it up for 2 s (app/serving/conversation)",
-)
 def test_a14_large_tools_are_put_into_the_prompt_beside_the_event_loop(monkeypatch):
     threads = []
 

@@ -163,11 +163,6 @@ def test_d17_lost_device_ends_every_stream_and_the_process_with_an_error(start):
         server.check_nothing_leaked()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a worker thread that ends by no Exception leaves its streams untold until the drain "
-    "is over, and then they are cut: the watchdog leaves without give_up (app/engine)",
-)
 def test_d17_thread_that_ends_without_a_word_ends_streams_and_process(start):
     flags = ("--shutdown-timeout", "0.2")
     with start(flags=flags) as server, ThreadPoolExecutor(8) as pool:

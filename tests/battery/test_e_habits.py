@@ -36,5 +36,5 @@ def test_e08_source_makes_no_dangerous_call(path):
             continue
         name = ast.unparse(node.func)
         assert not (is_app and name in LOADERS), name
-        assert name not in ("ast.literal_eval", "__import__", "globals", "locals", "input"), name
+        assert name not in ("ast.literal_eval", "__import__", "globals", "locals"), name
         assert name not in ("tempfile.mktemp", "os.popen", "os.execv", "os.fork"), name

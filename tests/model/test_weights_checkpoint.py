@@ -150,7 +150,8 @@ def test_path_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert refusal_of(model) == (
-        f"{model or repr(model)}: no such file or folder, and no id of a repository"
+        f"{model or repr(model)}: no such file or folder, and no id of a repository; "
+        "without a name, a demo model is loaded"
     )
 
 
@@ -160,7 +161,8 @@ def test_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
     assert open_model(model).tokenizer_path == model
     assert open_model(model, tokenizer=str(other)).tokenizer_path == other
     assert refusal_of(model, tokenizer="./nowhere") == (
-        "./nowhere: no such file or folder, and no id of a repository"
+        "./nowhere: no such file or folder, and no id of a repository; "
+        "without a name, a demo model is loaded"
     )
 
 
@@ -266,11 +268,13 @@ def response(status: int) -> httpx.Response:
     [
         (
             errors.GatedRepoError("long\nstory", response=response(403)),
-            "is gated; accept its licence on the Hub and give a token that may read it",
+            "is gated; accept its licence at https://huggingface.co/owner/name and set HF_TOKEN to a "
+            "token that may read it",
         ),
         (
             errors.RepositoryNotFoundError("long\nstory", response=response(404)),
-            "no such folder here, and no such repository on the Hub for this token",
+            "no such folder here, and no such repository on the Hub for this token; a private one "
+            "needs HF_TOKEN",
         ),
         (
             errors.RevisionNotFoundError("long\nstory", response=response(404)),
@@ -278,7 +282,8 @@ def response(status: int) -> httpx.Response:
         ),
         (
             errors.LocalEntryNotFoundError("long\nstory"),
-            "no such folder, not in the cache, and the Hub cannot be reached",
+            "no such folder, not in the cache, and the Hub cannot be reached; name a folder or a "
+            "file",
         ),
         (
             errors.HfHubHTTPError("503 Service Unavailable\nstory", response=response(503)),

@@ -95,7 +95,7 @@ class Conversation:
             self.rows.extend(plan_row)
             plan_rows.append(plan_row)
             self.num_computed[row] = end
-        inputs = self.rows.gather(tuple(plan_rows), self.network.row_tile)
+        inputs = self.rows.gather(tuple(plan_rows), self.network.row_tile).inputs
         logits = self.network.compute_logits(self.network.forward(inputs))
         for row, token_ids in enumerate(self.token_ids):
             if self.num_computed[row] == len(token_ids):
