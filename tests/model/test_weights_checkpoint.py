@@ -190,7 +190,8 @@ def test_gguf_inside_a_hub_repository_is_named_by_its_path(tmp_path: Path) -> No
 
 def test_hub_id_that_is_not_cached_is_refused_when_offline(tmp_path: Path) -> None:
     assert refusal_of("owner/name", download_dir=str(tmp_path), offline=True) == (
-        "owner/name: no such folder, not in the cache, and offline mode is on"
+        "owner/name: no such folder, not in the cache, and HF_HUB_OFFLINE is set; name a folder or a "
+        "file"
     )
 
 
