@@ -190,8 +190,8 @@ def test_gguf_inside_a_hub_repository_is_named_by_its_path(tmp_path: Path) -> No
 
 def test_hub_id_that_is_not_cached_is_refused_when_offline(tmp_path: Path) -> None:
     assert refusal_of("owner/name", download_dir=str(tmp_path), offline=True) == (
-        "owner/name: no such folder, not in the cache, and HF_HUB_OFFLINE is set; name a folder or a "
-        "file"
+        "owner/name: no such folder, not in the cache, and HF_HUB_OFFLINE is set; name a folder "
+        "or a file"
     )
 
 
@@ -269,8 +269,8 @@ def response(status: int) -> httpx.Response:
     [
         (
             errors.GatedRepoError("long\nstory", response=response(403)),
-            "is gated; accept its licence at https://huggingface.co/owner/name and set HF_TOKEN to a "
-            "token that may read it",
+            "is gated; accept its licence at https://huggingface.co/owner/name and set HF_TOKEN to "
+            "a token that may read it",
         ),
         (
             errors.RepositoryNotFoundError("long\nstory", response=response(404)),
@@ -283,7 +283,7 @@ def response(status: int) -> httpx.Response:
         ),
         (
             errors.LocalEntryNotFoundError("long\nstory"),
-            "no such folder, not in the cache, and the Hub cannot be reached; name a folder or a "
+            "no such folder, not in the cache, and the Hub cannot be reached; name a folder "
             "file",
         ),
         (
