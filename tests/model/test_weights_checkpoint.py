@@ -284,7 +284,7 @@ def response(status: int) -> httpx.Response:
         (
             errors.LocalEntryNotFoundError("long\nstory"),
             "no such folder, not in the cache, and the Hub cannot be reached; name a folder "
-            "file",
+            "or a file",
         ),
         (
             errors.HfHubHTTPError("503 Service Unavailable\nstory", response=response(503)),
