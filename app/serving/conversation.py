@@ -52,7 +52,7 @@ async def encode_messages(
     num_characters = sum(_num_characters(message) for message in messages)
     check_characters(context, num_characters, "messages")
     if tools is not None:
-        num_tool_characters = sum(len(json.dumps(shown)) for shown in tools.shown)
+        num_tool_characters = len(json.dumps(tools.shown, ensure_ascii=False))
         check_characters(context, num_tool_characters, "tools")
         num_characters += num_tool_characters
     plain = [_to_template(message, template) for message in messages]

@@ -233,7 +233,18 @@ def test_a19_no_character_of_a_request_moves_the_cursor_of_who_reads_the_log(liv
     assert all(line.isprintable() for line in lines)
 
 
-def test_a14_large_tools_are_put_into_the_prompt_beside_the_event_loop(monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "max_model_len", "is_taken"),
+    [
+        ("x" * 500_000, 256, False),
+        ("x" * 500_000, 16384, True),
+        ("\u5b57" * 10_000, 256, True),  # counted as characters, not as what JSON makes of them
+    ],
+    ids=["refused", "long", "not ascii"],
+)
+def test_a14_large_tools_are_put_into_the_prompt_beside_the_event_loop(
+    monkeypatch, text, max_model_len, is_taken
+):
     threads = []
 
     def note_thread(*_args, **_options):
@@ -241,15 +252,19 @@ def test_a14_large_tools_are_put_into_the_prompt_beside_the_event_loop(monkeypat
         return [1]
 
     monkeypatch.setattr(conversation, "encode_chat", note_thread)
-    function = {"name": "f", "description": "x" * 500_000}
+    function = {"name": "f", "description": text}
     body = {
         "messages": [{"role": "user", "content": "a"}],
         "tools": [{"type": "function", "function": function}],
     }
 
     async def scenario():
-        async with client_of(FakeEngine(says("x"))) as client:
-            await client.post(CHAT, json=body)
+        engine = FakeEngine(says("x"), max_model_len=max_model_len)
+        async with client_of(engine) as client:
+            answer = await client.post(CHAT, json=body)
+        if not is_taken:
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
 
     run(scenario())
     assert threading.main_thread() not in threads  # refused, or worked on elsewhere
+    assert bool(threads) == is_taken
