@@ -52,10 +52,7 @@ def _resolve(name: str, options: LoadOptions, patterns: list[str]) -> Path:
         if path.exists():
             return path
         raise ConfigError(f"{name}: the repository {match[1]} has no such file")
-    raise ConfigError(
-        f"{name or repr(name)}: no such file or folder, and no id of a repository; "
-        "without a name, a demo model is loaded"
-    )
+    raise ConfigError(f"{name or repr(name)}: no such file or folder, and no id of a repository")
 
 
 def _snapshot(repo_id: str, options: LoadOptions, patterns: list[str]) -> Path:

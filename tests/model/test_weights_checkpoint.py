@@ -150,8 +150,7 @@ def test_path_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert refusal_of(model) == (
-        f"{model or repr(model)}: no such file or folder, and no id of a repository; "
-        "without a name, a demo model is loaded"
+        f"{model or repr(model)}: no such file or folder, and no id of a repository"
     )
 
 
@@ -161,8 +160,7 @@ def test_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
     assert open_model(model).tokenizer_path == model
     assert open_model(model, tokenizer=str(other)).tokenizer_path == other
     assert refusal_of(model, tokenizer="./nowhere") == (
-        "./nowhere: no such file or folder, and no id of a repository; "
-        "without a name, a demo model is loaded"
+        "./nowhere: no such file or folder, and no id of a repository"
     )
 
 
