@@ -1,0 +1,107 @@
+"""Which decode steps are captured, and when: over a recorder that repeats Python calls."""
+
+import itertools
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from model.graphs import CAPTURE_SHARE, DecodeGraphs, Replay, decode_sizes
+
+CAPTURE_S = 2.0
+
+
+class Recorder:
+    """Records by running once, which takes `CAPTURE_S` of the bench's clock."""
+
+    def __init__(self, bench: "Bench", max_captures: int) -> None:
+        self._bench = bench
+        self._num_left = max_captures
+
+    def capture(self, run: Callable[[], None]) -> Replay:
+        if not self._num_left:
+            raise RuntimeError("out of memory")
+        self._num_left -= 1
+        run()
+        size = self._bench.launched[-1]
+        self._bench.now_s += CAPTURE_S
+        return lambda: self._bench.replayed.append(size)
+
+
+class Bench:
+    """Graphs over steps that note their size."""
+
+    def __init__(self, sizes: list[int], max_captures: int = 1000) -> None:
+        self.now_s = 100.0
+        self.launched: list[int] = []
+        self.replayed: list[int] = []
+        self.num_cleared = 0
+        recorder = Recorder(self, max_captures)
+        self.graphs = DecodeGraphs(
+            self.launched.append, self._clear, sizes, recorder, lambda: self.now_s
+        )
+
+    def _clear(self) -> None:
+        self.num_cleared += 1
+
+    def captures(self, wanted: list[int]) -> list[int]:
+        """Return the sizes captured while steps of the wanted numbers of rows go by, unhurried."""
+        self.launched.clear()
+        for num_rows in wanted:
+            self.graphs.capture_next(num_rows)
+            self.now_s += 1000
+        return self.launched
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 256, 257, 288, 300, 1024])
+def test_every_number_of_sequences_has_a_size_and_the_largest_is_the_most(most):
+    sizes = decode_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    graphs = Bench(sizes).graphs
+    for num_rows in range(1, most + 1):
+        assert graphs.padded(num_rows) == min(size for size in sizes if size >= num_rows)
+
+
+def test_the_largest_is_captured_first_then_what_is_wanted_then_the_rest():
+    bench = Bench([1, 2, 4, 8])
+    assert bench.captures([1, 2, 2, 2, 2, 2]) == [8, 2, 4, 1]
+    assert bench.graphs.num_captured == 4
+    assert bench.num_cleared == 4
+
+
+def test_a_size_is_replayed_once_it_was_captured():
+    bench = Bench([1, 8])
+    bench.captures([1])
+    bench.launched.clear()
+    bench.graphs.run(1)
+    bench.graphs.run(8)
+    assert (bench.launched, bench.replayed) == ([1], [8])
+
+
+def test_capturing_takes_no_more_than_its_share_of_the_time():
+    bench = Bench([1, 2, 4, 8])
+    starts_s = []
+    while bench.graphs.num_captured < 4:
+        before_s, num_captured = bench.now_s, bench.graphs.num_captured
+        bench.graphs.capture_next(1)
+        if bench.graphs.num_captured > num_captured:
+            starts_s.append(before_s)
+        bench.now_s += 0.25
+    gaps_s = [later - earlier for earlier, later in itertools.pairwise(starts_s)]
+    assert len(gaps_s) == 3
+    assert min(gaps_s) >= CAPTURE_S / CAPTURE_SHARE
+
+
+def test_a_capture_that_fails_is_the_last_and_steps_go_on(caplog):
+    bench = Bench([1, 2, 4, 8], max_captures=1)
+    with caplog.at_level(logging.WARNING):
+        bench.captures([1, 1, 1])
+    assert bench.graphs.num_captured == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "no graph of 1 sequences, nor of sizes that have none yet: out of memory"
+    ]
+    bench.launched.clear()
+    bench.graphs.run(1)
+    bench.graphs.run(8)
+    assert (bench.launched, bench.replayed) == ([1], [8])
