@@ -40,7 +40,7 @@ class DecodeBatch:
         self._network = network
         self._rows = rows
         self._block_size = limits.block_size
-        sizes = decode_sizes(limits.max_num_seqs)
+        sizes = decode_sizes(limits.max_num_seqs, network.row_tile)
         num_places = sizes[-1]
         self._row_of = torch.full((num_places,), rows.nobody, dtype=torch.int64, device=device)
         self._positions = torch.full_like(self._row_of, -1)

@@ -57,10 +57,11 @@ class CudaGraphRecorder:
         return graph.replay
 
 
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Return the sizes that batches are padded to, in rising order."""
+def decode_sizes(max_num_seqs: int, row_tile: int) -> list[int]:
+    """Return the sizes that batches are padded to, multiples of `row_tile` in rising order."""
     sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max_num_seqs + 32, 32)]
-    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+    wanted = [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+    return sorted({-(-size // row_tile) * row_tile for size in wanted})
 
 
 class DecodeGraphs:

@@ -53,11 +53,13 @@ class Bench:
         return self.launched
 
 
+@pytest.mark.parametrize("row_tile", [1, 16])
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 256, 257, 288, 300, 1024])
-def test_every_number_of_sequences_has_a_size_and_the_largest_is_the_most(most):
-    sizes = decode_sizes(most)
+def test_every_number_of_sequences_has_a_size_and_the_largest_is_the_most(most, row_tile):
+    sizes = decode_sizes(most, row_tile)
     assert sizes == sorted(set(sizes))
-    assert sizes[-1] == most
+    assert not any(size % row_tile for size in sizes)
+    assert most <= sizes[-1] < most + row_tile
     graphs = Bench(sizes).graphs
     for num_rows in range(1, most + 1):
         assert graphs.padded(num_rows) == min(size for size in sizes if size >= num_rows)
