@@ -44,7 +44,7 @@ def make_runner(
     checkpoint, device, *, on_device: bool, recorder: GraphRecorder | None = None
 ) -> ModelRunner:
     limits = RunnerLimits(
-        max_num_seqs=4,
+        max_num_seqs=3,
         max_num_batched_tokens=16,
         max_model_len=64,
         block_size=16,
