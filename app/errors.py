@@ -11,6 +11,7 @@ ServiceError
 │   ├── RequestTimeout          408
 │   ├── PayloadTooLarge         413
 │   ├── UnsupportedMediaType    415
+│   ├── RateLimited             429, a quota of the key is used up
 │   └── HeadersTooLarge         431
 └── ServerError                 the server is at fault
     ├── EngineFailed            500, this request's step failed
@@ -106,6 +107,22 @@ class UnsupportedMediaType(ClientError):
 
     status = 415
     code: str | None = "unsupported_media_type"
+
+
+class RateLimited(ClientError):
+    """A quota of the key is used up; `type` says which, as OpenAI's does.
+
+    Without `retry_after_s` the request can never fit.
+    """
+
+    status = 429
+    type = "rate_limit_error"
+    code: str | None = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, kind: str, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.type = kind
+        self.retry_after_s = retry_after_s
 
 
 class HeadersTooLarge(ClientError):

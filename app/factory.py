@@ -16,6 +16,7 @@ from app.api.routes.info import health_routes, info_routes, own_version
 from app.api.routes.static import static_routes
 from app.errors import ServiceError
 from app.serving.context import ServingContext
+from app.serving.quotas import QUOTA_HEADERS, Tenants
 from app.settings import ServerSettings
 
 
@@ -39,7 +40,8 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
     )
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.include_router(generate_routes(context, settings.max_request_bytes))
+    tenants = Tenants(settings.keys())
+    app.include_router(generate_routes(context, tenants, settings.max_request_bytes))
     app.include_router(document_routes(openapi_document(own_version())))
     app.include_router(info_routes(context, settings.max_request_bytes))
     app.include_router(health_routes(engine, lambda: engine.is_draining))
@@ -52,6 +54,9 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-ignored-fields", "retry-after"],
+            expose_headers=[
+                *("x-request-id", "x-ignored-fields", "retry-after", "retry-after-ms"),
+                *QUOTA_HEADERS,
+            ],
         )
     return app

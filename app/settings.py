@@ -14,18 +14,26 @@ from model.errors import ConfigError
 MAX_REQUEST_BYTES = 2 << 20  # parsing holds the interpreter: a larger body would stall all streams
 _KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,1024}")
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
+_OPTIONAL = ("weight", *_LIMITS, "cache_salt")
+MAX_LIMIT = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
     """A key and the name of who holds it; only the name is ever shown.
 
-    Of what keys compete for, one of weight 2 is due twice as much as one of weight 1.
+    Of what keys compete for, one of weight 2 is due twice as much as one of weight 1. A limit of
+    None is none. Keys of one `cache_salt` share cached prefixes with each other and nobody else.
     """
 
     name: str
     key: str = field(repr=False)
     weight: float = 1.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+    cache_salt: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +86,9 @@ def read_environment() -> Environment:
 
 
 def read_api_keys(path: Path) -> tuple[ApiKey, ...]:
-    """Read a TOML file with a table a key: `[alice]`, `key = "..."`, and if need be `weight = 2`.
+    """Read a TOML file with a table a key: `[alice]`, `key = "..."`, and if need be more of it.
 
-    Raises ConfigError.
+    What more, `ApiKey` says. Raises ConfigError.
     """
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
@@ -93,17 +101,31 @@ def read_api_keys(path: Path) -> tuple[ApiKey, ...]:
         where = f"--api-key-file {path}: [{name}]"
         if not _KEY_NAME.fullmatch(name):
             raise ConfigError(f"{where}: a name is 1 to 64 letters, digits and ._-")
-        if not isinstance(table, dict) or not {"key"} <= set(table) <= {"key", "weight"}:
-            raise ConfigError(f"{where}: needs a field key, may have weight, and nothing else")
-        weight = table.get("weight", 1.0)
-        if type(weight) not in (int, float) or not 0.01 <= weight <= 1000:
-            raise ConfigError(f"{where}: a weight is a number from 0.01 to 1000")
-        key = table["key"]
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
-            raise ConfigError(f"{where}: a key is 1 to 1024 characters without spaces")
-        if key in keys:
-            raise ConfigError(f"{where}: has the key of [{keys[key].name}]")
-        keys[key] = ApiKey(name=name, key=key, weight=float(weight))
+        found = _read_key(where, name, table)
+        if found.key in keys:
+            raise ConfigError(f"{where}: has the key of [{keys[found.key].name}]")
+        keys[found.key] = found
     if not keys:
         raise ConfigError(f"--api-key-file {path}: holds no key")
     return tuple(keys.values())
+
+
+def _read_key(where: str, name: str, table: object) -> ApiKey:
+    """Read the table of one key. Raises ConfigError."""
+    if not isinstance(table, dict) or not {"key"} <= set(table) <= {"key", *_OPTIONAL}:
+        names = ", ".join(_OPTIONAL)
+        raise ConfigError(f"{where}: needs a field key, may have {names}, and nothing else")
+    weight = table.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0.01 <= weight <= 1000:
+        raise ConfigError(f"{where}: a weight is a number from 0.01 to 1000")
+    key = table["key"]
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise ConfigError(f"{where}: a key is 1 to 1024 characters without spaces")
+    salt = table.get("cache_salt", "")
+    if not isinstance(salt, str) or not ("cache_salt" not in table or 0 < len(salt) <= 256):
+        raise ConfigError(f"{where}: a cache_salt is a text of 1 to 256 characters")
+    limits = {limit: table.get(limit) for limit in _LIMITS}
+    for limit, value in limits.items():
+        if value is not None and (type(value) is not int or not 0 < value <= MAX_LIMIT):
+            raise ConfigError(f"{where}: {limit} is a whole number from 1 to {MAX_LIMIT}")
+    return ApiKey(name=name, key=key, weight=float(weight), cache_salt=salt, **limits)

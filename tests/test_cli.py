@@ -123,3 +123,38 @@ def test_flag_of_the_server_that_cannot_be_meant_is_a_usage_error(flag, capsys):
         parse(["serve", "m", flag], ENVIRONMENT)
     assert left.value.code == 2
     assert flag.partition("=")[0] in capsys.readouterr().err
+
+
+def test_quotas_and_salt_of_a_key_are_read(tmp_path):
+    path = tmp_path / "keys.toml"
+    lines = "requests_per_minute = 60\ntokens_per_minute = 6000\nmax_concurrent = 2"
+    path.write_text(f"[alice]\nkey = 'a'\n{lines}\ncache_salt = 's'\n")
+    assert read_api_keys(path) == (
+        ApiKey(
+            name="alice",
+            key="a",
+            requests_per_minute=60,
+            tokens_per_minute=6000,
+            max_concurrent=2,
+            cache_salt="s",
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("requests_per_minute = 0", "requests_per_minute is"),
+        ("tokens_per_minute = 1.5", "tokens_per_minute is"),
+        ("tokens_per_minute = 10000000000", "tokens_per_minute is"),
+        ("max_concurrent = true", "max_concurrent is"),
+        ("cache_salt = ''", "a cache_salt is"),
+        ("cache_salt = 5", "a cache_salt is"),
+        ("requests_per_hour = 5", "may have weight, requests_per_minute"),
+    ],
+)
+def test_quota_that_cannot_be_meant_is_refused(tmp_path, line, message):
+    path = tmp_path / "keys.toml"
+    path.write_text(f"[alice]\nkey = 'hidden'\n{line}\n")
+    with pytest.raises(ConfigError, match=message):
+        read_api_keys(path)

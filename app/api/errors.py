@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from app.errors import MethodNotAllowed, NotFound, ServiceError, Unavailable
+from app.errors import MethodNotAllowed, NotFound, RateLimited, ServiceError, Unavailable
 
 
 def error_body(error: ServiceError) -> dict[str, object]:
@@ -23,12 +23,13 @@ def error_body(error: ServiceError) -> dict[str, object]:
 def error_response(error: ServiceError) -> JSONResponse:
     """Return the response of an error; a client may retry only what is worth it."""
     headers = {}
-    if isinstance(error, Unavailable):
+    wait_s = error.retry_after_s if isinstance(error, Unavailable | RateLimited) else None
+    if wait_s is not None:
         headers = {
-            "retry-after": str(math.ceil(error.retry_after_s)),
-            "retry-after-ms": str(int(error.retry_after_s * 1000)),
+            "retry-after": str(math.ceil(wait_s)),
+            "retry-after-ms": str(math.ceil(wait_s * 1000)),
         }
-    headers["x-should-retry"] = "true" if isinstance(error, Unavailable) else "false"
+    headers["x-should-retry"] = "false" if wait_s is None else "true"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.status, headers)

@@ -31,7 +31,8 @@ class Gate:
 
     What is behind it finds in the scope's state `request_id`, `key_name`, None where no key is
     asked for, and `send`, the server's own: a stream's body may go there directly, past the layers
-    that only change how an answer starts.
+    that only change how an answer starts. `more_headers`, if somebody sets it, is asked for headers
+    when the answer starts, and what is put into `at_end` is called when all is over.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[ApiKey] = ()) -> None:
@@ -48,6 +49,8 @@ class Gate:
         state["request_id"] = request_id
         state["key_name"] = None
         state["send"] = send
+        state["more_headers"] = None
+        state["at_end"] = []
         has_started = False
         arrival_s = time.monotonic()
 
@@ -56,10 +59,12 @@ class Gate:
             if message["type"] == "http.response.start":
                 has_started = True
                 milliseconds = 1000 * (time.monotonic() - arrival_s)
+                more = state["more_headers"]() if state["more_headers"] else {}
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
                     (b"server-timing", f"total;dur={milliseconds:.1f}".encode()),
+                    *((name.encode(), value.encode()) for name, value in more.items()),
                 ]
             await send(message)
 
@@ -81,6 +86,9 @@ class Gate:
                 raise
             failure = ServiceError("The server had an internal error.")
             await error_response(failure)(scope, receive, send_named)
+        finally:
+            for call in state["at_end"]:
+                call()
 
     def _holder(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
         """Return the name of who holds the key that was sent, if it is one."""

@@ -52,6 +52,10 @@ class Answer(Protocol):
         """Return what took how many seconds, as far as it has come."""
         ...
 
+    def num_tokens(self) -> int:
+        """Return the tokens of the prompts and of what was given out so far."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class UsageOptions:

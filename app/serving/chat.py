@@ -140,6 +140,9 @@ class ChatAnswer:
     def timing(self) -> dict[str, float]:
         return self._generation.timing()
 
+    def num_tokens(self) -> int:
+        return self._generation.usage.num_tokens
+
     async def events(self) -> AsyncIterator[Sequence[bytes]]:
         """Yield the role of each choice, a chunk a delta, then usage if asked for."""
         roles = []

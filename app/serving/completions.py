@@ -174,6 +174,9 @@ class CompletionAnswer:
     def timing(self) -> dict[str, float]:
         return self._generation.timing()
 
+    def num_tokens(self) -> int:
+        return self._generation.usage.num_tokens
+
     async def events(self) -> AsyncIterator[Sequence[bytes]]:
         """Yield a chunk a delta, then usage if asked for."""
         forms = self._text_forms()

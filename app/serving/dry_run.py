@@ -6,14 +6,14 @@ from app.serving.generation import Prompt
 
 
 async def describe_prompts(
-    context: ServingContext, prompts: list[Prompt], cache_salt: str | None
+    context: ServingContext, prompts: list[Prompt], cache_salt: str
 ) -> JsonObject:
     """Return what would be computed; nothing is queued, and the cache may change any time."""
     block_size = context.engine.limits.block_size
     described = []
     for prompt in prompts:
         num_tokens, sampling = len(prompt.token_ids), prompt.sampling
-        num_cached = await context.engine.count_cached(prompt.token_ids, cache_salt or "")
+        num_cached = await context.engine.count_cached(prompt.token_ids, cache_salt)
         per_choice = -(-(num_tokens + sampling[0].max_tokens) // block_size)
         described.append(
             {

@@ -15,6 +15,7 @@ from app.errors import DeadlineExceeded, Draining, EngineFailed, ServiceError
 from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
+from app.serving.quotas import Quota, Reservation
 from app.text.output import OutputText
 from model.step import SamplingParams, TokenConstraint, TokenLogprobs
 
@@ -31,11 +32,19 @@ class Prompt:
     shown_token_ids: frozenset[int] = frozenset()  # control tokens that are part of the text
 
 
+def reserve_tokens(quota: Quota, prompts: Sequence[Prompt]) -> Reservation:
+    """Take from a quota what prompts and their choices may use. Raises RateLimited."""
+    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    most = sum(sampling.max_tokens for prompt in prompts for sampling in prompt.sampling)
+    return quota.reserve(num_prompt_tokens, most)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """Who asks, and how long an answer is of use."""
 
     tenant: str = ""
+    cache_salt: str = ""  # of the request, under that of its key
     timeout_s: float | None = None
 
 
@@ -60,11 +69,15 @@ class Usage:
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_completion_tokens
+
     def to_wire(self) -> dict[str, object]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "total_tokens": self.num_tokens,
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
 
@@ -123,7 +136,7 @@ class Generation:
             sampling=prompt.sampling,
             constraints=prompt.constraints,
             priority=self._fields.priority or 0,
-            cache_salt=self._fields.cache_salt or "",
+            cache_salt=self._caller.cache_salt,
             tenant=self._caller.tenant,
             read_prefix_cache=self._fields.cache_prompt is not False
             and prompt.sampling[0].prompt_logprobs is None,

@@ -10,44 +10,65 @@ from app.api.body import ignored_header, read_body
 from app.api.sse import respond
 from app.errors import InvalidRequest
 from app.protocol.chat import ChatRequest
+from app.protocol.common import SamplingFields
 from app.protocol.completions import CompletionRequest
 from app.serving.chat import prepare_chat, start_chat
 from app.serving.completions import prepare_completion, start_completion
 from app.serving.context import ServingContext
 from app.serving.dry_run import describe_prompts
-from app.serving.generation import Caller
+from app.serving.generation import Caller, reserve_tokens
+from app.serving.quotas import Quota, Tenants
 
 MAX_TIMEOUT_S = 86_400
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 
 
-def generate_routes(context: ServingContext, max_bytes: int) -> APIRouter:
+def generate_routes(context: ServingContext, tenants: Tenants, max_bytes: int) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter(redirect_slashes=False)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
+        quota = _enter(request, tenants)
         body = await read_body(request, CompletionRequest, max_bytes)
         headers = ignored_header(body)
+        caller = _caller(request, tenants, body)
         prepared = await prepare_completion(context, body)
         if _is_dry_run(request):
-            plan = await describe_prompts(context, prepared.prompts, body.cache_salt)
+            plan = await describe_prompts(context, prepared.prompts, caller.cache_salt)
             return JSONResponse(plan, headers=headers)
-        answer = start_completion(context, prepared, _unique_id(request), _caller(request))
+        tokens = reserve_tokens(quota, prepared.prompts)
+        request.state.at_end.append(lambda: tokens.settle(0))  # if it can't even be submitted
+        answer = start_completion(context, prepared, _unique_id(request), caller)
+        request.state.at_end.insert(0, lambda: tokens.settle(answer.num_tokens()))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        quota = _enter(request, tenants)
         body = await read_body(request, ChatRequest, max_bytes)
         headers = ignored_header(body)
+        caller = _caller(request, tenants, body)
         prepared = await prepare_chat(context, body)
         if _is_dry_run(request):
-            plan = await describe_prompts(context, [prepared.prompt], body.cache_salt)
+            plan = await describe_prompts(context, [prepared.prompt], caller.cache_salt)
             return JSONResponse(plan, headers=headers)
-        answer = start_chat(context, prepared, _unique_id(request), _caller(request))
+        tokens = reserve_tokens(quota, [prepared.prompt])
+        request.state.at_end.append(lambda: tokens.settle(0))  # if it can't even be submitted
+        answer = start_chat(context, prepared, _unique_id(request), caller)
+        request.state.at_end.insert(0, lambda: tokens.settle(answer.num_tokens()))
         return await respond(request, answer, stream=bool(body.stream), headers=headers)
 
     return router
+
+
+def _enter(request: Request, tenants: Tenants) -> Quota:
+    """Count a request against its key's quota until its answer has ended. Raises RateLimited."""
+    quota = tenants.quota(request.state.key_name or "")
+    request.state.more_headers = quota.headers
+    quota.enter()
+    request.state.at_end.append(quota.leave)
+    return quota
 
 
 def _is_dry_run(request: Request) -> bool:
@@ -58,9 +79,9 @@ def _is_dry_run(request: Request) -> bool:
     return value in ("1", "true")
 
 
-def _caller(request: Request) -> Caller:
+def _caller(request: Request, tenants: Tenants, fields: SamplingFields) -> Caller:
     """Return whose share of the engine a request takes, and how long. Raises InvalidRequest."""
-    name: str | None = request.state.key_name
+    name: str = request.state.key_name or ""
     given = request.headers.get("x-request-timeout")
     timeout_s = None
     if given is not None:
@@ -70,7 +91,8 @@ def _caller(request: Request) -> Caller:
                 param="x-request-timeout",
             )
         timeout_s = float(given)
-    return Caller(tenant=name or "", timeout_s=timeout_s)
+    salt = tenants.cache_salt(name, fields.cache_salt)
+    return Caller(tenant=name, cache_salt=salt, timeout_s=timeout_s)
 
 
 def _unique_id(request: Request) -> str:
