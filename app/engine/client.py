@@ -44,6 +44,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # with "stop": the id that ended it (last of token_ids)
     error: str | None = None  # with "error": a message fit for the client
+    is_refused: bool = False  # with "error": what was asked for is at fault, not the server
 
 
 class RequestStream(Protocol):
@@ -82,7 +83,7 @@ class EngineStats:
     num_steps: int = 0
     num_scheduled_tokens: int = 0
     num_failed_steps: int = 0
-    num_isolated: int = 0  # sequences that made steps fail, and ended for it
+    num_isolated: int = 0  # sequences that ended for a step or a row that went wrong
     num_recoveries: int = 0  # times that the worker broke and went on
     num_drafts: int = 0  # times that a sequence guessed ahead
     num_draft_tokens: int = 0

@@ -56,7 +56,7 @@ class SchedulerCounters:
     num_steps: int = 0
     num_scheduled_tokens: int = 0
     num_failed_steps: int = 0
-    num_isolated: int = 0  # sequences that made steps fail, and ended for it
+    num_isolated: int = 0  # sequences that ended for a step or a row that went wrong
     num_drafts: int = 0  # times that a sequence guessed ahead
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -524,18 +524,22 @@ class Scheduler:
         for sequence, epoch, plan_row, row in planned:
             if sequence.epoch != epoch:
                 continue
-            output = None
+            output = refusal = error = None
             try:
-                error = step.broken.get(sequence, row.error)
-                if error is None:
+                refusal = step.broken.get(sequence)
+                error = row.error if refusal is None else None
+                if refusal is None and error is None:
                     output = self._take_result(sequence, plan_row, row)
             except ConstraintFailed as failure:
-                error = str(failure)
+                refusal = str(failure)
             except Exception:  # a fault of ours in one sequence's result costs no other's
                 logger.exception("a result could not be taken in")
                 error = "the result of this request could not be taken in"
-            if error is not None:
-                updates.append(self._fail_row(sequence, error))
+            if refusal is not None:
+                updates.append(self._fail_row(sequence, refusal, is_refused=True))
+            elif error is not None:
+                self.counters.num_isolated += 1
+                updates.append(self._fail_row(sequence, error, is_refused=False))
             elif output is not None:
                 updates.append(Update(sequence, output))
         return updates
@@ -591,14 +595,15 @@ class Scheduler:
             stop_token_id=stop_token_id,
         )
 
-    def _fail_row(self, sequence: Sequence, error: str) -> Update:
+    def _fail_row(self, sequence: Sequence, error: str, *, is_refused: bool) -> Update:
         """End a sequence whose own row went wrong; what it computed is not to be shared."""
         for block in sequence.blocks:
             self.allocator.forget(block)
         self.finish(sequence, "error")
-        return Update(
-            sequence, SequenceOutput(index=sequence.index, finish_reason="error", error=error)
+        output = SequenceOutput(
+            index=sequence.index, finish_reason="error", error=error, is_refused=is_refused
         )
+        return Update(sequence, output)
 
     def fail(self, steps: list[ScheduledStep]) -> list[Update]:
         """Clean up after steps that broke; return the end of the sequence that breaks them.

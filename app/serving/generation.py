@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from app.engine.client import EngineRequest, RequestStream, SequenceOutput
-from app.errors import DeadlineExceeded, Draining, EngineFailed, ServiceError
+from app.errors import DeadlineExceeded, Draining, EngineFailed, InvalidRequest, ServiceError
 from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
@@ -180,7 +180,7 @@ class Generation:
     async def deltas(self) -> AsyncIterator[Sequence[ChoiceDelta]]:
         """Yield, at each wake-up, the deltas that have come, until every choice has ended.
 
-        Raises EngineFailed, Draining or DeadlineExceeded behind the deltas that came before.
+        Raises EngineFailed, InvalidRequest, Draining or DeadlineExceeded behind the deltas that came before.
         """
         if len(self._streams) == 1:
             first, stream = self._streams[0]
@@ -223,6 +223,8 @@ class Generation:
             if self._is_late:
                 raise DeadlineExceeded(f"The {self._caller.timeout_s:g} s of the request are over.")
             message = output.error or "The request was aborted."
+            if output.is_refused:
+                raise InvalidRequest(f"The request cannot be served: {message}.")
             # What a shutdown cuts off is worth a retry elsewhere; a broken step is not.
             raise Draining(message) if self._context.engine.is_draining else EngineFailed(message)
         choice.num_cached_tokens = output.num_cached_tokens

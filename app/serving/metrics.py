@@ -135,7 +135,9 @@ class _EngineCollector(Collector):
         )
         yield self._counter("engine_steps", "Steps launched.", stats.num_steps)
         yield self._counter("failed_steps", "Steps that broke.", stats.num_failed_steps)
-        yield self._counter("isolated_sequences", "Ended for breaking steps.", stats.num_isolated)
+        yield self._counter(
+            "isolated_sequences", "Ended for a step or a row that broke.", stats.num_isolated
+        )
         yield self._counter("engine_recoveries", "Workers rebuilt.", stats.num_recoveries)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:

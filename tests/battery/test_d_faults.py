@@ -91,7 +91,6 @@ def test_d15_row_whose_logits_are_not_finite_ends_alone(live, fields):
     check_engine_error(answer)
 
 
-@pytest.mark.xfail(strict=True, reason="no metric counts rows whose logits are not finite")
 def test_d15_row_that_ended_for_its_logits_is_counted(live):
     before = metric(live, "isolated_sequences")
     live.complete("w fault:nan w")

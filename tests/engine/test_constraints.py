@@ -71,6 +71,7 @@ def test_constraint_that_fails_costs_its_own_sequence_alone():
     driver.run()
     assert driver.reasons("broken") == ["error"]
     assert driver.outputs["broken", 0][-1].error == "too complex"
+    assert driver.outputs["broken", 0][-1].is_refused
     assert driver.tokens("broken") == expected_tokens(PROMPT, GREEDY, VOCAB)[:3]
     assert driver.tokens("bound") == expected_tokens(PROMPT[::-1], GREEDY, VOCAB)
     assert driver.tokens("free") == expected_tokens(PROMPT[1:], GREEDY, VOCAB)
