@@ -9,6 +9,8 @@ ServiceError
 │   │   └── ModelNotFound           404, code model_not_found
 │   ├── MethodNotAllowed        405
 │   ├── RequestTimeout          408
+│   ├── IdempotencyConflict     409, the key was used for another body
+│   ├── ResumeExpired           410, what was to be continued is gone
 │   ├── PayloadTooLarge         413
 │   ├── UnsupportedMediaType    415
 │   ├── RateLimited             429, a quota of the key is used up
@@ -93,6 +95,20 @@ class RequestTimeout(ClientError):
 
     status = 408
     code: str | None = "request_timeout"
+
+
+class IdempotencyConflict(ClientError):
+    """An idempotency key was used for another body."""
+
+    status = 409
+    code: str | None = "idempotency_key_reused"
+
+
+class ResumeExpired(ClientError):
+    """The stream that was to be continued is not kept any more."""
+
+    status = 410
+    code: str | None = "resume_window_expired"
 
 
 class PayloadTooLarge(ClientError):

@@ -17,18 +17,21 @@ from app.api.routes.static import static_routes
 from app.errors import ServiceError
 from app.serving.context import ServingContext
 from app.serving.quotas import QUOTA_HEADERS, Tenants
+from app.serving.runs import RunStore
 from app.settings import ServerSettings
 
 
 def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
     """Return the application over a context; its engine lives as long as the application."""
     engine = context.engine
+    runs = RunStore(settings.resume_window_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         engine.start()
         yield
         await engine.shutdown()
+        await runs.close()
         context.grammars.close()
 
     app = FastAPI(
@@ -41,7 +44,7 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     tenants = Tenants(settings.keys())
-    app.include_router(generate_routes(context, tenants, settings.max_request_bytes))
+    app.include_router(generate_routes(context, tenants, runs, settings.max_request_bytes))
     app.include_router(document_routes(openapi_document(own_version())))
     app.include_router(info_routes(context, settings.max_request_bytes))
     app.include_router(health_routes(engine, lambda: engine.is_draining))
@@ -56,6 +59,7 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=[
                 *("x-request-id", "x-ignored-fields", "retry-after", "retry-after-ms"),
+                "idempotent-replayed",
                 *QUOTA_HEADERS,
             ],
         )

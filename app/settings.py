@@ -53,6 +53,7 @@ class ServerSettings:
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
     shutdown_timeout_s: float = 30.0
+    resume_window_s: float = 30.0
     log_level: str = "info"
     max_request_bytes: int = MAX_REQUEST_BYTES
 

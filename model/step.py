@@ -204,6 +204,10 @@ class TokenConstraint(Protocol):
         """True once nothing but an end of text can follow."""
         ...
 
+    def restarted(self, token_ids: Sequence[int]) -> "TokenConstraint":
+        """Return a new one that has accepted these ids and nothing else. Of any thread."""
+        ...
+
 
 class Runner(Protocol):
     """Owns the model on a device. Called by one thread only.

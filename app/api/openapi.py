@@ -13,11 +13,13 @@ from pydantic.json_schema import models_json_schema
 from app.errors import (
     DeadlineExceeded,
     EngineFailed,
+    IdempotencyConflict,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
     PayloadTooLarge,
     RateLimited,
+    ResumeExpired,
     ServiceError,
     Unauthorized,
     Unavailable,
@@ -118,6 +120,8 @@ _ERRORS: tuple[type[ServiceError], ...] = (
     Unauthorized,
     NotFound,
     MethodNotAllowed,
+    IdempotencyConflict,
+    ResumeExpired,
     PayloadTooLarge,
     UnsupportedMediaType,
     RateLimited,
@@ -158,6 +162,9 @@ def _operation(operation: Operation) -> Json:
         parameters.append(_parameter("name", "path", {"type": "string"}))
     if operation.has_dry_run:
         parameters.append(_parameter("x-request-timeout", "header", {"type": "number"}))
+        printable = {"type": "string", "maxLength": 255, "pattern": "^[ -~]+$"}
+        parameters.append(_parameter("idempotency-key", "header", printable))
+        parameters.append(_parameter("last-event-id", "header", {"type": "string"}))
         values = {"enum": ["0", "1", "false", "true"], "default": "0"}
         parameters.append(_parameter("dry_run", "query", values))
     if parameters:

@@ -5,7 +5,7 @@ Either way the client's going away ends the work: Starlette would not tell a pla
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.errors import error_body, error_response
 from app.errors import ServiceError
 from app.serving.answer import Answer, encode_json
+from app.serving.runs import FollowedAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ async def respond(
     request: Request, answer: Answer, *, stream: bool, headers: Mapping[str, str]
 ) -> Response:
     """Return the response that carries an answer, streamed or whole."""
+    if stream and isinstance(answer, FollowedAnswer):
+        return NumberedEventStream(answer, headers)
     if stream:
         return EventStream(answer, headers)
     try:
@@ -95,7 +98,7 @@ class EventStream(Response):
     async def _lines(self, request_id: str) -> AsyncIterator[bytes]:
         try:
             async for chunks in self._answer.events():
-                yield b"data: %b\n\n" % b"\n\ndata: ".join(chunks)
+                yield self._framed(chunks)
         except ServiceError as error:
             yield b"data: %b\n\n" % encode_json(error_body(error))
             return
@@ -106,6 +109,28 @@ class EventStream(Response):
             yield b"data: %b\n\n" % encode_json(error_body(failure))
             return
         yield b"data: [DONE]\n\n"
+
+    def _framed(self, chunks: Sequence[bytes]) -> bytes:
+        return b"data: %b\n\n" % b"\n\ndata: ".join(chunks)
+
+
+class NumberedEventStream(EventStream):
+    """A stream whose events have ids, RUN-NUMBER: a client may ask for those after one of them.
+
+    [DONE] and errors have none: whoever comes back behind the last event is told again.
+    """
+
+    def __init__(self, answer: FollowedAnswer, headers: Mapping[str, str]) -> None:
+        super().__init__(answer, headers)
+        self._prefix = b"id: %b-" % answer.run_id.encode()
+        self._number = answer.first
+
+    def _framed(self, chunks: Sequence[bytes]) -> bytes:
+        first, self._number = self._number, self._number + len(chunks)
+        return b"".join(
+            b"%b%d\ndata: %b\n\n" % (self._prefix, number, chunk)
+            for number, chunk in enumerate(chunks, start=first)
+        )
 
 
 async def send_kept_alive(

@@ -75,6 +75,7 @@ def server_settings(args: argparse.Namespace, environment: Environment) -> Serve
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         shutdown_timeout_s=args.shutdown_timeout,
+        resume_window_s=args.resume_window,
         log_level=args.log_level,
     )
 

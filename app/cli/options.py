@@ -67,6 +67,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--root-path", default="", help="path prefix that a proxy strips")
     add("--shutdown-timeout", type=seconds, default=30.0, metavar="SECONDS",
         help="time that running requests have left after SIGTERM")  # fmt: skip
+    add("--resume-window", type=seconds, default=30.0, metavar="SECONDS",
+        help="time to come back to an answer that has an Idempotency-Key; 0: none")  # fmt: skip
     levels = ["debug", "info", "warning", "error"]
     add("--log-level", choices=levels, default="info", help="what is logged")
     add("--log-format", choices=["text", "json"], default="text",

@@ -14,6 +14,14 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a choice had come when its request left the engine."""
+
+    token_ids: tuple[int, ...] = ()  # generated
+    num_prompt_logprobs: int = 0  # positions of the prompt that were reported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One prompt and the choices wanted from it; each choice becomes a sequence."""
 
@@ -25,6 +33,7 @@ class EngineRequest:
     cache_salt: str = ""
     tenant: str = ""  # whose share of the engine this is
     read_prefix_cache: bool = True
+    progress: tuple[Progress, ...] = ()  # empty, or one a choice that goes on
 
 
 @dataclass(slots=True, kw_only=True)

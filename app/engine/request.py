@@ -6,7 +6,7 @@ Mutable, and mutated by the worker thread alone.
 from dataclasses import dataclass, field
 
 from app.engine.blocks import Block, Key
-from app.engine.client import EngineRequest, FinishReason
+from app.engine.client import EngineRequest, FinishReason, Progress
 from app.engine.drafts import Drafter
 from model.step import SamplingParams, TokenConstraint
 
@@ -117,15 +117,18 @@ def make_request(message: EngineRequest, arrival: int, root_key: Key) -> Request
         read_prefix_cache=message.read_prefix_cache,
     )
     constraints = message.constraints or (None,) * len(message.sampling)
-    for index, (sampling, constraint) in enumerate(zip(message.sampling, constraints, strict=True)):
+    progress = message.progress or (Progress(),) * len(message.sampling)
+    choices = zip(message.sampling, constraints, progress, strict=True)
+    for index, (sampling, constraint, before) in enumerate(choices):
         request.sequences.append(
             Sequence(
                 request=request,
                 index=index,
                 sampling=sampling,
                 constraint=constraint,
-                token_ids=list(message.prompt_token_ids),
+                token_ids=[*message.prompt_token_ids, *before.token_ids],
                 num_prompt_tokens=len(message.prompt_token_ids),
+                num_prompt_logprobs=before.num_prompt_logprobs,
             )
         )
     return request

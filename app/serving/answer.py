@@ -57,6 +57,18 @@ class Answer(Protocol):
         ...
 
 
+class ResumableAnswer(Answer, Protocol):
+    """An answer whose request may leave the engine and come back."""
+
+    def park(self) -> None:
+        """Free what the engine holds; `events` and `body` wait."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on, not a token lost or repeated. Raises ServerError; then it stays parked."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class UsageOptions:
     """Which chunks of a stream carry usage."""

@@ -28,6 +28,10 @@ class PreparedChat:
     tools: ToolUse | None
     starts_reasoning: bool  # the prompt ends inside of think tags
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [self.prompt]
+
 
 async def prepare_chat(context: ServingContext, request: ChatRequest) -> PreparedChat:
     """Check, render and tokenise. Raises ClientError before anything runs."""
@@ -139,6 +143,12 @@ class ChatAnswer:
 
     def timing(self) -> dict[str, float]:
         return self._generation.timing()
+
+    def park(self) -> None:
+        self._generation.park()
+
+    async def resume(self) -> None:
+        await self._generation.resume()
 
     def num_tokens(self) -> int:
         return self._generation.usage.num_tokens

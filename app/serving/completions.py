@@ -174,6 +174,12 @@ class CompletionAnswer:
     def timing(self) -> dict[str, float]:
         return self._generation.timing()
 
+    def park(self) -> None:
+        self._generation.park()
+
+    async def resume(self) -> None:
+        await self._generation.resume()
+
     def num_tokens(self) -> int:
         return self._generation.usage.num_tokens
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from app.engine.client import EngineRequest, RequestStream, SequenceOutput
+from app.engine.resume import ResumableStream
 from app.errors import DeadlineExceeded, Draining, EngineFailed, InvalidRequest, ServiceError
 from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
@@ -46,6 +47,7 @@ class Caller:
     tenant: str = ""
     cache_salt: str = ""  # of the request, under that of its key
     timeout_s: float | None = None
+    is_resumable: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,7 +143,12 @@ class Generation:
             read_prefix_cache=self._fields.cache_prompt is not False
             and prompt.sampling[0].prompt_logprobs is None,
         )
-        stream = self._context.engine.submit(request)
+        engine = self._context.engine
+        stream = (
+            ResumableStream(engine, request)
+            if self._caller.is_resumable
+            else engine.submit(request)
+        )
         self._streams.append((len(self._choices), stream))
         metrics.prompt_tokens.inc(len(prompt.token_ids))
         metrics.prompt_len.observe(len(prompt.token_ids))
@@ -172,6 +179,22 @@ class Generation:
         for _, stream in self._streams:
             stream.abort()
 
+    def park(self) -> None:
+        """Leave the engine until `resume`; whoever reads the deltas waits. Needs is_resumable."""
+        for _, stream in self._streams:
+            assert isinstance(stream, ResumableStream)
+            stream.park()
+
+    async def resume(self) -> None:
+        """Go on where `park` has ended it. Raises what `submit` raises; then it stays parked."""
+        try:
+            for _, stream in self._streams:
+                assert isinstance(stream, ResumableStream)
+                await stream.resume()
+        except BaseException:
+            self.park()
+            raise
+
     def _expire(self) -> None:
         """End the request, waiting or running: nobody wants its answer any more."""
         self._is_late = True
@@ -180,7 +203,8 @@ class Generation:
     async def deltas(self) -> AsyncIterator[Sequence[ChoiceDelta]]:
         """Yield, at each wake-up, the deltas that have come, until every choice has ended.
 
-        Raises EngineFailed, InvalidRequest, Draining or DeadlineExceeded behind the deltas that came before.
+        Raises EngineFailed, InvalidRequest, Draining or DeadlineExceeded behind the deltas that
+        came before.
         """
         if len(self._streams) == 1:
             first, stream = self._streams[0]

@@ -77,6 +77,9 @@ class Reservation:
             self._bucket = None
 
 
+NOTHING_RESERVED = Reservation(None, 0)
+
+
 class Quota:
     """The limits of one key, and how much of them is left."""
 
@@ -109,7 +112,7 @@ class Quota:
         """Take the tokens that a request may use at most. Raises RateLimited."""
         bucket = self._tokens
         if bucket is None:
-            return Reservation(None, 0)
+            return NOTHING_RESERVED
         if num_prompt_tokens > bucket.limit:
             raise self._refusal("tokens per minute", "tokens", bucket.limit, None)
         num_tokens = min(num_prompt_tokens + max_tokens, bucket.limit)

@@ -143,6 +143,16 @@ class Script:
         place = len(self.accepted)
         return tuple(self.script[place : place + self._num_forced])
 
+    def restarted(self, token_ids):
+        again = type(self)(
+            self.script,
+            num_forced=self._num_forced,
+            ends_at=self._ends_at,
+            fails_at=self._fails_at,
+        )
+        again.accept(token_ids)
+        return again
+
     @property
     def is_complete(self):
         return self._ends_at is not None and len(self.accepted) >= self._ends_at

@@ -50,6 +50,7 @@ OPTIONS = frozenset(
         "--port",
         "--prompt",
         "--quantization",
+        "--resume-window",
         "--revision",
         "--root-path",
         "--seed",

@@ -1,7 +1,11 @@
 """POST /v1/completions and POST /v1/chat/completions."""
 
+import hashlib
+import json
 import re
 import uuid
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -12,54 +16,122 @@ from app.errors import InvalidRequest
 from app.protocol.chat import ChatRequest
 from app.protocol.common import SamplingFields
 from app.protocol.completions import CompletionRequest
+from app.serving.answer import ResumableAnswer
 from app.serving.chat import prepare_chat, start_chat
 from app.serving.completions import prepare_completion, start_completion
 from app.serving.context import ServingContext
 from app.serving.dry_run import describe_prompts
-from app.serving.generation import Caller, reserve_tokens
-from app.serving.quotas import Quota, Tenants
+from app.serving.generation import Caller, Prompt, reserve_tokens
+from app.serving.quotas import NOTHING_RESERVED, Quota, Tenants
+from app.serving.runs import RunRequest, RunStore
 
 MAX_TIMEOUT_S = 86_400
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+_PRINTABLE = re.compile(r"[ -~]{1,255}")
 
 
-def generate_routes(context: ServingContext, tenants: Tenants, max_bytes: int) -> APIRouter:
+class _Prepared(Protocol):
+    """A request that is checked and tokenised."""
+
+    @property
+    def prompts(self) -> list[Prompt]: ...
+
+
+Fields = TypeVar("Fields", bound=SamplingFields)
+Prepared = TypeVar("Prepared", bound=_Prepared)
+Prepare = Callable[[ServingContext, Fields], Awaitable[Prepared]]
+Start = Callable[[ServingContext, Prepared, str, Caller], ResumableAnswer]
+
+
+def generate_routes(
+    context: ServingContext, tenants: Tenants, runs: RunStore, max_bytes: int
+) -> APIRouter:
     """Return the routes that generate text."""
     router = APIRouter(redirect_slashes=False)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        quota = _enter(request, tenants)
-        body = await read_body(request, CompletionRequest, max_bytes)
-        headers = ignored_header(body)
-        caller = _caller(request, tenants, body)
-        prepared = await prepare_completion(context, body)
-        if _is_dry_run(request):
-            plan = await describe_prompts(context, prepared.prompts, caller.cache_salt)
-            return JSONResponse(plan, headers=headers)
-        tokens = reserve_tokens(quota, prepared.prompts)
-        request.state.at_end.append(lambda: tokens.settle(0))  # if it can't even be submitted
-        answer = start_completion(context, prepared, _unique_id(request), caller)
-        request.state.at_end.insert(0, lambda: tokens.settle(answer.num_tokens()))
-        return await respond(request, answer, stream=bool(body.stream), headers=headers)
+        return await generate(request, CompletionRequest, prepare_completion, start_completion)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        return await generate(request, ChatRequest, prepare_chat, start_chat)
+
+    async def generate(
+        request: Request,
+        model: type[Fields],
+        prepare: "Prepare[Fields, Prepared]",
+        start: "Start[Prepared]",
+    ) -> Response:
         quota = _enter(request, tenants)
-        body = await read_body(request, ChatRequest, max_bytes)
+        body = await read_body(request, model, max_bytes)
         headers = ignored_header(body)
-        caller = _caller(request, tenants, body)
-        prepared = await prepare_chat(context, body)
+        key = _idempotency_key(request)
+        caller = _caller(request, tenants, body, is_resumable=key is not None)
         if _is_dry_run(request):
-            plan = await describe_prompts(context, [prepared.prompt], caller.cache_salt)
+            prepared = await prepare(context, body)
+            plan = await describe_prompts(context, prepared.prompts, caller.cache_salt)
             return JSONResponse(plan, headers=headers)
-        tokens = reserve_tokens(quota, [prepared.prompt])
-        request.state.at_end.append(lambda: tokens.settle(0))  # if it can't even be submitted
-        answer = start_chat(context, prepared, _unique_id(request), caller)
-        request.state.at_end.insert(0, lambda: tokens.settle(answer.num_tokens()))
-        return await respond(request, answer, stream=bool(body.stream), headers=headers)
+        reservation = NOTHING_RESERVED
+
+        async def begin() -> ResumableAnswer:
+            nonlocal reservation
+            prepared = await prepare(context, body)
+            reservation = reserve_tokens(quota, prepared.prompts)
+            return start(context, prepared, _unique_id(request), caller)
+
+        def settle(num_tokens: int) -> None:
+            reservation.settle(num_tokens)
+
+        is_stream = bool(body.stream)
+        if key is None:
+            answer: ResumableAnswer | None = None
+            request.state.at_end.append(lambda: settle(answer.num_tokens() if answer else 0))
+            answer = await begin()
+            return await respond(request, answer, stream=is_stream, headers=headers)
+        run = RunRequest(
+            digest=_digest(request, body), is_stream=is_stream, begin=begin, settle=settle
+        )
+        last_event_id = _last_event_id(request, is_stream=is_stream)
+        followed = await runs.follow((caller.tenant, key), run, last_event_id)
+        if followed.is_replayed:
+            headers["idempotent-replayed"] = "true"
+        return await respond(request, followed, stream=is_stream, headers=headers)
 
     return router
+
+
+def _idempotency_key(request: Request) -> str | None:
+    """Return the key of a request that may be repeated. Raises InvalidRequest."""
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        if "last-event-id" in request.headers:
+            raise InvalidRequest(
+                "'Last-Event-ID' needs the 'Idempotency-Key' of the request.",
+                param="last-event-id",
+            )
+        return None
+    if len(keys) > 1 or not _PRINTABLE.fullmatch(keys[0]):
+        raise InvalidRequest(
+            "'Idempotency-Key' must be one text of 1 to 255 printable ASCII characters.",
+            param="idempotency-key",
+        )
+    return keys[0]
+
+
+def _last_event_id(request: Request, *, is_stream: bool) -> str | None:
+    """Return the id behind which a stream is to go on. Raises InvalidRequest."""
+    given = request.headers.get("last-event-id")
+    if given is not None and not is_stream:
+        raise InvalidRequest("'Last-Event-ID' needs 'stream'.", param="last-event-id")
+    return given
+
+
+def _digest(request: Request, body: SamplingFields) -> bytes:
+    """Return what two requests have in common if they ask for the same, however it is spelt."""
+    said = json.dumps(body.model_dump(mode="json", by_alias=True), sort_keys=True)
+    path: str = request.scope["path"]
+    return hashlib.sha256(f"{path}\0{said}".encode()).digest()
 
 
 def _enter(request: Request, tenants: Tenants) -> Quota:
@@ -79,7 +151,9 @@ def _is_dry_run(request: Request) -> bool:
     return value in ("1", "true")
 
 
-def _caller(request: Request, tenants: Tenants, fields: SamplingFields) -> Caller:
+def _caller(
+    request: Request, tenants: Tenants, fields: SamplingFields, *, is_resumable: bool
+) -> Caller:
     """Return whose share of the engine a request takes, and how long. Raises InvalidRequest."""
     name: str = request.state.key_name or ""
     given = request.headers.get("x-request-timeout")
@@ -92,7 +166,7 @@ def _caller(request: Request, tenants: Tenants, fields: SamplingFields) -> Calle
             )
         timeout_s = float(given)
     salt = tenants.cache_salt(name, fields.cache_salt)
-    return Caller(tenant=name, cache_salt=salt, timeout_s=timeout_s)
+    return Caller(tenant=name, cache_salt=salt, timeout_s=timeout_s, is_resumable=is_resumable)
 
 
 def _unique_id(request: Request) -> str:

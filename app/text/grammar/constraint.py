@@ -13,10 +13,11 @@ from model.step import ConstraintFailed, MaskBuffer
 
 
 class GrammarConstraint:
-    """TokenConstraint over one matcher, which it owns. `on_failure` may be called by any thread."""
+    """TokenConstraint over a copy of a matcher. `on_failure` may be called by any thread."""
 
-    def __init__(self, matcher: LLMatcher, on_failure: Callable[[], None]) -> None:
-        self._matcher = matcher
+    def __init__(self, origin: LLMatcher, on_failure: Callable[[], None]) -> None:
+        self._origin = origin  # shared, and never advanced
+        self._matcher = origin.deep_copy()
         self._on_failure = on_failure
 
     def fill(self, buffer: MaskBuffer) -> None:
@@ -41,6 +42,11 @@ class GrammarConstraint:
     @property
     def is_complete(self) -> bool:
         return self._matcher.is_stopped()
+
+    def restarted(self, token_ids: Sequence[int]) -> "GrammarConstraint":
+        constraint = GrammarConstraint(self._origin, self._on_failure)
+        constraint.accept(token_ids)
+        return constraint
 
     def _check(self) -> None:
         if self._matcher.is_error():
