@@ -205,7 +205,7 @@ class TokenConstraint(Protocol):
         ...
 
     def restarted(self, token_ids: Sequence[int]) -> "TokenConstraint":
-        """Return a new one that has accepted these ids and nothing else. Of any thread."""
+        """Return a new one that has accepted these ids and nothing else."""
         ...
 
 

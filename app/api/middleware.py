@@ -87,7 +87,9 @@ class Gate:
             failure = ServiceError("The server had an internal error.")
             await error_response(failure)(scope, receive, send_named)
         finally:
-            for call in state["at_end"]:
+            # A connection outlives its answers, and with it the scope: nothing of them stays there.
+            calls, state["at_end"] = state["at_end"], []
+            for call in calls:
                 call()
 
     def _holder(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:

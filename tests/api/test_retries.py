@@ -14,7 +14,7 @@ from app.serving.runs import RunRequest, RunStore
 from app.settings import ApiKey
 from tests.api.serve import client_of, run
 from tests.engine.drive import make_limits
-from tests.fake_engine import EOS, VOCAB, FakeEngine, says
+from tests.fake_engine import VOCAB, FakeEngine, says
 from tests.fake_runner import FakeRunner
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -445,4 +445,3 @@ def test_document_names_the_headers():
     names = {parameter["name"] for parameter in operation["parameters"]}
     assert {"idempotency-key", "last-event-id"} <= names
     assert {"409", "410", "429"} <= set(operation["responses"])
-    assert EOS < VOCAB

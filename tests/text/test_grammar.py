@@ -264,3 +264,14 @@ def test_one_of_branches_that_cannot_overlap_is_any_of(branches):
 def test_one_of_branches_that_may_overlap_is_refused(branches):
     with pytest.raises(ValueError, match="oneOf"):
         normalised({"$defs": {"loop": {"$ref": "#/$defs/loop"}}, "oneOf": branches})
+
+
+def test_restarted_constraint_stands_where_its_tokens_lead_and_leaves_the_first_alone(compiler):
+    (constraint,) = compiled(compiler, choice_spec(["abc", "abd", "x"], param="p"))
+    constraint.accept(b"ab")
+    again = constraint.restarted(list(b"a"))
+    assert allowed(again) == {ord("b")}
+    assert allowed(constraint) == {ord("c"), ord("d")}
+    again.accept(b"bc")
+    assert again.is_complete
+    assert not constraint.is_complete

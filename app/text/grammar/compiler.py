@@ -70,7 +70,7 @@ class GrammarCompiler:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._refuse, spec)
 
-        return tuple(GrammarConstraint(matcher, on_failure) for _ in range(count))
+        return tuple(GrammarConstraint(matcher.deep_copy(), on_failure) for _ in range(count))
 
     def close(self) -> None:
         """End the thread and the process; what is queued is dropped."""

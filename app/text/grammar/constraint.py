@@ -13,11 +13,10 @@ from model.step import ConstraintFailed, MaskBuffer
 
 
 class GrammarConstraint:
-    """TokenConstraint over a copy of a matcher. `on_failure` may be called by any thread."""
+    """TokenConstraint over one matcher, which it owns. `on_failure` may be called by any thread."""
 
-    def __init__(self, origin: LLMatcher, on_failure: Callable[[], None]) -> None:
-        self._origin = origin  # shared, and never advanced
-        self._matcher = origin.deep_copy()
+    def __init__(self, matcher: LLMatcher, on_failure: Callable[[], None]) -> None:
+        self._matcher = matcher
         self._on_failure = on_failure
 
     def fill(self, buffer: MaskBuffer) -> None:
@@ -44,7 +43,10 @@ class GrammarConstraint:
         return self._matcher.is_stopped()
 
     def restarted(self, token_ids: Sequence[int]) -> "GrammarConstraint":
-        constraint = GrammarConstraint(self._origin, self._on_failure)
+        # Not from the compiled one: to hold that would keep all that it grows to.
+        matcher = self._matcher.deep_copy()
+        matcher.reset()
+        constraint = GrammarConstraint(matcher, self._on_failure)
         constraint.accept(token_ids)
         return constraint
 
