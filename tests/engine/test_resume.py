@@ -120,7 +120,10 @@ def test_return_that_is_refused_can_be_tried_again():
             while engine.stats().num_requests_running or engine.stats().num_requests_waiting:
                 await asyncio.sleep(0)
             gate.is_open.clear()
-            others = [engine.submit(make_request(str(name))) for name in range(2)]
+            others = [engine.submit(make_request("running"))]
+            while not engine.stats().num_requests_running:
+                await asyncio.sleep(0)
+            others += [engine.submit(make_request(str(name))) for name in range(2)]
             with pytest.raises(Overloaded):
                 await stream.resume()
             gate.is_open.set()
