@@ -70,7 +70,8 @@ def _caller(request: Request) -> Caller:
                 param="x-request-timeout",
             )
         timeout_s = float(given)
-    return Caller(tenant=name or "", timeout_s=timeout_s)
+    request_id: str = request.state.request_id
+    return Caller(tenant=name or "", request_id=request_id, timeout_s=timeout_s)
 
 
 def _unique_id(request: Request) -> str:
