@@ -38,7 +38,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY model model
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-compile -c constraints.txt . \
+    pip install --no-compile -c constraints.txt ".[gpu]" \
     && cd / && python -m model.cpu.build && python -c 'import app.main'
 
 FROM ${BASE} AS runtime
