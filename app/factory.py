@@ -49,7 +49,7 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
     app.include_router(info_routes(context, settings.max_request_bytes))
     app.include_router(health_routes(engine, lambda: engine.is_draining))
     app.include_router(static_routes())
-    app.add_middleware(Gate, api_keys=settings.keys())
+    app.add_middleware(Gate, api_keys=settings.keys(), count_error=context.metrics.count_error)
     if settings.allowed_origins:
         # Outermost: a browser asks without the key whether it may ask with it.
         app.add_middleware(

@@ -24,6 +24,7 @@ from app.engine.engine import Engine, EngineOptions
 from app.engine.watchdog import Verdict, Watchdog
 from app.factory import create_app
 from app.serving.context import ServingContext
+from app.serving.energy import open_gpu_meter
 from app.serving.metrics import RequestMetrics
 from app.settings import ServerSettings
 from app.text.chat_template import ChatTemplate, end_of_turn_ids
@@ -92,6 +93,7 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
         tenant_weights={key.name: key.weight for key in keys},
     )
     engine = Engine(loaded.runner, options)
+    gpus = open_gpu_meter() if info.plan.device.startswith("cuda") else None
     return ServingContext(
         engine=engine,
         tokenizer=tokenizer,
@@ -103,7 +105,7 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
         eos_token_ids=frozenset(ends),
         system_fingerprint=info.fingerprint,
         precision=info.precision.name,
-        metrics=RequestMetrics(command.served_model_names[0], engine.stats),
+        metrics=RequestMetrics(command.served_model_names[0], engine, gpus),
         grammars=GrammarCompiler(tokenizer, vocab_size=info.config.vocab_size, end_token_ids=ends),
         tool_format=command.tool_call_parser or detect_format(source),
         think_tags=detect_think_tags(source),

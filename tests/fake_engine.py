@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from app.engine.client import EngineRequest, EngineStats, SequenceOutput
+from app.engine.measures import EngineMeasures
 from app.errors import Draining
 from app.serving.context import ServingContext
 from app.serving.metrics import RequestMetrics
@@ -74,6 +75,9 @@ class FakeStream:
         self.was_aborted = asyncio.Event()
         self.finished: set[int] = set()
         self._is_over = False
+        for index in range(len(request.sampling)):
+            request.timeline.note("queued", index)
+            request.timeline.note("admitted", index, 4)
 
     def finish(self, index: int) -> None:
         self.finished.add(index)
@@ -120,6 +124,10 @@ class FakeStream:
 
     def _output(self, index, sampling, ids, reason, stop, is_first) -> SequenceOutput:
         prompt = self._request.prompt_token_ids
+        if is_first:
+            self._request.timeline.note("first_token", index)
+        if reason:
+            self._request.timeline.note("done", index, reason=reason)
         wants_prompt = is_first and sampling.prompt_logprobs is not None
         return SequenceOutput(
             index=index,
@@ -156,6 +164,7 @@ class FakeEngine:
         self.is_alive = True
         self.is_draining = False
         self.age_s = 0.0
+        self.measures = EngineMeasures()
         self.limits = RunnerLimits(
             max_num_seqs=4,
             max_num_batched_tokens=64,
@@ -226,7 +235,7 @@ def make_context(
         eos_token_ids=frozenset({EOS}),
         system_fingerprint="fp_fake",
         precision="float32, float32 K/V, torch",
-        metrics=RequestMetrics("fake", engine.stats),
+        metrics=RequestMetrics("fake", engine),
         grammars=GrammarCompiler(tokenizer, vocab_size=VOCAB, end_token_ids={EOS}),
         tool_format="hermes",
         think_tags=think_tags,

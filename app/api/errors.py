@@ -35,14 +35,26 @@ def error_response(error: ServiceError) -> JSONResponse:
     return JSONResponse(error_body(error), error.status, headers)
 
 
-async def on_service_error(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+def count_error(request: Request, error: ServiceError) -> None:
+    """Have an error counted, once, when the answer starts."""
+    request.state.error_code = error.code or error.type
+
+
+async def on_service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
+    count_error(request, error)
     return error_response(error)
 
 
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Answer what the router refuses: an unknown path or a wrong method."""
     assert isinstance(error, HTTPException)
+    response = _response_of(request, error)
+    request.state.error_code = "not_found" if error.status_code == 404 else "http_error"
+    return response
+
+
+def _response_of(request: Request, error: HTTPException) -> JSONResponse:
     path = request.scope["path"][:100]
     if error.status_code == 405:
         response = error_response(MethodNotAllowed(f"{request.method} is not allowed on {path}."))

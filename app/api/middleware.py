@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,11 +32,18 @@ class Gate:
     What is behind it finds in the scope's state `request_id`, `key_name`, None where no key is
     asked for, and `send`, the server's own: a stream's body may go there directly, past the layers
     that only change how an answer starts. `more_headers`, if somebody sets it, is asked for headers
-    when the answer starts, and what is put into `at_end` is called when all is over.
+    when the answer starts, and what is put into `at_end` is called when all is over. An
+    `error_code` that is left there is counted.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[ApiKey] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_keys: Sequence[ApiKey] = (),
+        count_error: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._app = app
+        self._count_error = count_error
         self._name_of = {hashlib.sha256(key.key.encode()).digest(): key.name for key in api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,6 +65,8 @@ class Gate:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
+                if (code := state.get("error_code")) is not None:
+                    self._count_error(code)
                 milliseconds = 1000 * (time.monotonic() - arrival_s)
                 more = state["more_headers"]() if state["more_headers"] else {}
                 message["headers"] = [
@@ -74,6 +83,7 @@ class Gate:
             state["key_name"] = self._holder(scope["headers"])
         if needs_key and state["key_name"] is None:
             refusal = Unauthorized("No API key was given, or a wrong one.")
+            state["error_code"] = refusal.code
             await error_response(refusal)(scope, receive, send_named)
             return
         try:
@@ -85,6 +95,7 @@ class Gate:
             if has_started:
                 raise
             failure = ServiceError("The server had an internal error.")
+            state["error_code"] = failure.code
             await error_response(failure)(scope, receive, send_named)
         finally:
             # A connection outlives its answers, and with it the scope: nothing of them stays there.

@@ -4,6 +4,7 @@ Written from the wire types, not from the routes: bodies are read by hand there,
 would guess of them is not so. A test holds the table against the routes.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ from app.protocol.answers import (
     Health,
     ModelCard,
     ModelList,
+    RequestView,
     Tokenized,
     Version,
 )
@@ -104,6 +106,12 @@ OPERATIONS = (
         answers=(Detokenized,),
     ),
     Operation(method="get", path="/v1/engine", summary="Look at the engine", answers=(EngineView,)),
+    Operation(
+        method="get",
+        path="/v1/requests/{request_id}",
+        summary="Look back at a request of one's own, by its x-request-id or the answer's id",
+        answers=(RequestView,),
+    ),
     Operation(method="get", path="/metrics", summary="Metrics in Prometheus' text format"),
     Operation(method="get", path="/version", summary="The server's version", answers=(Version,)),
     *(
@@ -158,8 +166,10 @@ def openapi_document(version: str) -> Json:
 def _operation(operation: Operation) -> Json:
     described: Json = {"summary": operation.summary, "responses": _responses(operation)}
     parameters: list[Json] = []
-    if "{name}" in operation.path:
-        parameters.append(_parameter("name", "path", {"type": "string"}))
+    parameters += [
+        _parameter(name, "path", {"type": "string"})
+        for name in re.findall(r"{(\w+)}", operation.path)
+    ]
     if operation.has_dry_run:
         parameters.append(_parameter("x-request-timeout", "header", {"type": "number"}))
         printable = {"type": "string", "maxLength": 255, "pattern": "^[ -~]+$"}

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.errors import error_body, error_response
+from app.api.errors import count_error, error_body, error_response
 from app.errors import ServiceError
 from app.serving.answer import Answer, encode_json
 from app.serving.runs import FollowedAnswer
@@ -36,6 +36,7 @@ async def respond(
     try:
         body = await unless_gone(request.receive, answer.body())
     except ServiceError as error:
+        count_error(request, error)
         return error_response(error)
     finally:
         answer.abort()

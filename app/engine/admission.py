@@ -29,6 +29,8 @@ class Admission:
         self._clock = clock
         self._num_tokens = 0
         self._num_refused = 0  # since a place was last free
+        self.num_refused_seqs = 0  # for the number of sequences, ever
+        self.num_refused_tokens = 0  # for the number of prompt tokens, ever
         self._last_end_s: float | None = None
         self._interval_s: float | None = None  # between two ends, the running mean
 
@@ -42,8 +44,11 @@ class Admission:
 
         Nothing that waits alone is refused for its length: it fits the context.
         """
-        is_over = num_waiting + num_seqs > self._max_seqs
-        if is_over or (self._num_tokens and self._num_tokens + num_tokens > self._max_tokens):
+        has_too_many = num_waiting + num_seqs > self._max_seqs
+        is_too_long = self._num_tokens and self._num_tokens + num_tokens > self._max_tokens
+        if has_too_many or is_too_long:
+            self.num_refused_seqs += has_too_many
+            self.num_refused_tokens += not has_too_many
             self._num_refused += 1
             error = Overloaded("Too many requests are waiting. Please try again later.")
             error.retry_after_s = self._retry_after_s()

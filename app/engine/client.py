@@ -5,9 +5,11 @@ process. Nothing here knows how a request is scheduled.
 """
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from app.engine.measures import EngineMeasures
+from app.engine.timeline import Timeline
 from model.step import RunnerLimits, SamplingParams, TokenConstraint, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -34,6 +36,7 @@ class EngineRequest:
     tenant: str = ""  # whose share of the engine this is
     read_prefix_cache: bool = True
     progress: tuple[Progress, ...] = ()  # empty, or one a choice that goes on
+    timeline: Timeline = field(default_factory=Timeline)  # the engine writes it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +100,8 @@ class EngineStats:
     num_drafts: int = 0  # times that a sequence guessed ahead
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # draft tokens that were right
+    num_refused_seqs: int = 0  # requests turned away: too many sequences waited
+    num_refused_tokens: int = 0  # the same, too many prompt tokens
 
 
 class EngineClient(Protocol):
@@ -114,6 +119,11 @@ class EngineClient(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    @property
+    def measures(self) -> EngineMeasures:
+        """What is counted by size; it goes on counting."""
+        ...
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the step loop last showed that it is alive; about 0 when idle."""

@@ -26,6 +26,7 @@ from app.engine.loop import (
     Stop,
     Submit,
 )
+from app.engine.measures import EngineMeasures
 from app.engine.scheduler import Scheduler
 from app.errors import ContextLengthExceeded, Draining, EngineDead
 from model.step import Runner, RunnerLimits
@@ -232,7 +233,13 @@ class Engine:
             num_drafts=counters.num_drafts,
             num_draft_tokens=counters.num_draft_tokens,
             num_accepted_tokens=counters.num_accepted_tokens,
+            num_refused_seqs=self._admission.num_refused_seqs,
+            num_refused_tokens=self._admission.num_refused_tokens,
         )
+
+    @property
+    def measures(self) -> EngineMeasures:
+        return self._step_loop.scheduler.counters.measures
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, wait for the running ones, then end the rest with an error."""

@@ -97,6 +97,7 @@ class Inbox:
 class _Inflight:
     step: ScheduledStep
     handle: StepHandle
+    launched_s: float
 
 
 class DeviceLost(Exception):
@@ -126,6 +127,7 @@ class StepLoop:
         self._num_empty_rounds = 0
         self._is_idle = True
         self._last_beat = time.monotonic()
+        self._collected_s = 0.0  # when the last step was
         self._longest_round_s: float | None = None
 
     @property
@@ -241,6 +243,7 @@ class StepLoop:
         except Exception:
             return self._fail()
         self._inflight.popleft()
+        self._measure(oldest)
         self._num_failed_in_a_row = 0
         self._num_empty_rounds = 0
         return self._address(self._scheduler.update(oldest.step, result))
@@ -289,7 +292,14 @@ class StepLoop:
     def _launch(self, step: ScheduledStep) -> None:
         """Hand a step to the runner; a step that breaks here counts as in flight."""
 
-        inflight = _Inflight(step, StepHandle(plan=step.plan))
-        self._inflight.append(inflight)
+        launched_s = time.monotonic()
+        self._inflight.append(_Inflight(step, StepHandle(plan=step.plan), launched_s))
         handle = self._runner.launch(step.plan, partial(fill_masks, step))
-        self._inflight[-1] = _Inflight(step, handle)
+        self._inflight[-1] = _Inflight(step, handle, launched_s)
+
+    def _measure(self, inflight: _Inflight) -> None:
+        """Count the time of a step whose result has just come."""
+        now = time.monotonic()
+        seconds = now - max(inflight.launched_s, self._collected_s)
+        self._scheduler.counters.measures.step_seconds.observe(seconds)
+        self._collected_s = now

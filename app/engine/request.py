@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from app.engine.blocks import Block, Key
 from app.engine.client import EngineRequest, FinishReason, Progress
 from app.engine.drafts import Drafter
+from app.engine.timeline import Timeline
 from model.step import SamplingParams, TokenConstraint
 
 
@@ -102,6 +103,7 @@ class Request:
     cache_salt: str
     tenant: str
     read_prefix_cache: bool
+    timeline: Timeline
     sequences: list[Sequence] = field(default_factory=list)
 
 
@@ -115,6 +117,7 @@ def make_request(message: EngineRequest, arrival: int, root_key: Key) -> Request
         cache_salt=message.cache_salt,
         tenant=message.tenant,
         read_prefix_cache=message.read_prefix_cache,
+        timeline=message.timeline,
     )
     constraints = message.constraints or (None,) * len(message.sampling)
     progress = message.progress or (Progress(),) * len(message.sampling)

@@ -13,12 +13,13 @@ the last result. Knows no threads, tensors or text.
 import logging
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from app.engine.blocks import Block, BlockAllocator, BlockHasher
 from app.engine.client import EngineRequest, FinishReason, SequenceOutput
 from app.engine.drafts import Drafter, NgramSpeculation
 from app.engine.fairness import FairShares
+from app.engine.measures import EngineMeasures
 from app.engine.planning import OpenStep, ScheduledStep
 from app.engine.queue import WaitingQueue
 from app.engine.request import Request, Sequence, make_request
@@ -60,6 +61,7 @@ class SchedulerCounters:
     num_drafts: int = 0  # times that a sequence guessed ahead
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    measures: EngineMeasures = field(default_factory=EngineMeasures)
 
 
 class Scheduler:
@@ -100,6 +102,7 @@ class Scheduler:
         for sequence in request.sequences:
             self.shares.arrive(request.tenant)
             self.waiting.push(sequence)
+            request.timeline.note("queued", sequence.index)
         return request
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -110,6 +113,7 @@ class Scheduler:
         else:
             self._leave_row(sequence)
         sequence.finish_reason = reason
+        sequence.request.timeline.note("done", sequence.index, reason=reason)
         self.shares.leave(sequence.request.tenant)
 
     def count_cached(self, token_ids: tuple[int, ...], cache_salt: str) -> int:
@@ -153,6 +157,8 @@ class Scheduler:
         self._removed_rows.clear()
         self.counters.num_steps += 1
         self.counters.num_scheduled_tokens += plan.num_tokens
+        self.counters.measures.step_tokens.observe(plan.num_tokens)
+        self.counters.measures.step_seqs.observe(len(plan.rows))
         for row, sequence in zip(step.rows, step.sequences, strict=True):
             self.shares.serve(sequence.request.tenant, row.num_tokens)
         return ScheduledStep(
@@ -286,6 +292,8 @@ class Scheduler:
                 sample=sample,
             )
         )
+        if num_tokens > 1 or start < sequence.num_prompt_tokens:
+            sequence.request.timeline.note("prefill", sequence.index, num_tokens)
         sequence.num_computed_tokens = end
         sequence.num_inflight_tokens += sample
         self._register_full_blocks(sequence)
@@ -395,6 +403,8 @@ class Scheduler:
         if sequence.request.read_prefix_cache and self._enable_prefix_caching:
             self.counters.prefix_cache_queries += len(sequence.token_ids)
         self._take_hits(sequence, hits)
+        num_cached = sequence.num_computed_tokens
+        sequence.request.timeline.note("admitted", sequence.index, num_cached)
 
     def _leave_row(self, sequence: Sequence) -> None:
         """Give back row and blocks; results of steps in flight will not count."""
@@ -416,6 +426,7 @@ class Scheduler:
         self._leave_row(sequence)
         sequence.num_preemptions += 1
         self.counters.num_preemptions += 1
+        sequence.request.timeline.note("preempted", sequence.index)
         self.waiting.push(sequence)
 
     def _make_room(self, step: OpenStep, sequence: Sequence, num_tokens: int) -> bool:
@@ -552,6 +563,8 @@ class Scheduler:
         reason: FinishReason | None = None
         stop_token_id = None
         accepted = 0
+        if row.token_ids and len(sequence.token_ids) == sequence.num_prompt_tokens:
+            sequence.request.timeline.note("first_token", sequence.index)
         for token_id in row.token_ids:
             accepted += 1
             sequence.token_ids.append(token_id)
@@ -566,11 +579,7 @@ class Scheduler:
             sequence.is_suspect, sequence.num_failed_alone = False, 0
             sequence.num_inflight_tokens -= 1
             sequence.num_computed_tokens += max(accepted - 1, 0)
-        if sequence.num_guessed and sequence.drafter is not None:
-            num_right = len(row.token_ids) - 1
-            sequence.drafter.learn(sequence.num_guessed, num_right)
-            self.counters.num_accepted_tokens += num_right
-            sequence.num_guessed = 0
+        self._learn_from(sequence, row)
         token_ids = row.token_ids[:accepted]
         sequence.num_prompt_logprobs += len(row.prompt_logprobs)
         if sequence.constraint is not None and token_ids and stop_token_id is None:
@@ -594,6 +603,14 @@ class Scheduler:
             finish_reason=reason,
             stop_token_id=stop_token_id,
         )
+
+    def _learn_from(self, sequence: Sequence, row: RowResult) -> None:
+        """Tell a sequence's drafter how many of its guesses were right."""
+        if sequence.num_guessed and sequence.drafter is not None:
+            num_right = len(row.token_ids) - 1
+            sequence.drafter.learn(sequence.num_guessed, num_right)
+            self.counters.num_accepted_tokens += num_right
+            sequence.num_guessed = 0
 
     def _fail_row(self, sequence: Sequence, error: str, *, is_refused: bool) -> Update:
         """End a sequence whose own row went wrong; what it computed is not to be shared."""

@@ -265,6 +265,31 @@ class Health(Part):
     status: str
 
 
+class RequestEvent(Part):
+    """What happened to a choice; `tokens` are those cached when admitted, or those of a chunk."""
+
+    event: Literal["queued", "admitted", "prefill", "first_token", "preempted", "done"]
+    seconds: float = Field(description="From the request's arrival.")
+    prompt: int
+    choice: int
+    tokens: int | None
+    reason: Literal["stop", "length", "abort", "error"] | None
+
+
+class RequestView(Part):
+    """A request's events, in order."""
+
+    object: Literal["request"]
+    id: str
+    created: float
+    status: Literal["queued", "running", "done"]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    events: list[RequestEvent]
+    dropped_events: int = Field(description="Chunks and preemptions past the 512th event.")
+
+
 class EngineView(BaseModel):
     """A snapshot of the engine; counters only grow."""
 

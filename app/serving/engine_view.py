@@ -19,14 +19,9 @@ def engine_view(context: ServingContext) -> JsonObject:
         "object": "engine",
         "clock_s": time.monotonic(),
         **asdict(engine.stats()),
-        "prompt_tokens": _total(context, "prompt_tokens"),
-        "generation_tokens": _total(context, "generation_tokens"),
+        "prompt_tokens": context.metrics.num_prompt_tokens,
+        "generation_tokens": context.metrics.num_generation_tokens,
         "block_size": limits.block_size,
         "max_num_seqs": limits.max_num_seqs,
         "is_draining": engine.is_draining,
     }
-
-
-def _total(context: ServingContext, name: str) -> int:
-    labels = {"model_name": context.model_names[0]}
-    return int(context.metrics.registry.get_sample_value(f"vllm:{name}_total", labels) or 0)

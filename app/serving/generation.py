@@ -17,6 +17,7 @@ from app.protocol.common import SamplingFields
 from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
 from app.serving.quotas import Quota, Reservation
+from app.serving.request_log import RequestRecord
 from app.text.output import OutputText
 from model.step import SamplingParams, TokenConstraint, TokenLogprobs
 
@@ -42,9 +43,10 @@ def reserve_tokens(quota: Quota, prompts: Sequence[Prompt]) -> Reservation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks, and how long an answer is of use."""
+    """Who asks, under what name, and how long an answer is of use."""
 
     tenant: str = ""
+    request_id: str = ""  # x-request-id
     cache_salt: str = ""  # of the request, under that of its key
     timeout_s: float | None = None
     is_resumable: bool = False
@@ -120,12 +122,21 @@ class Generation:
         self.usage = Usage(num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
         self._choices: list[_Choice] = []
         self._streams: list[tuple[int, RequestStream]] = []
+        self._record = RequestRecord(
+            request_id=caller.request_id,
+            answer_id=request_id,
+            tenant=caller.tenant,
+            arrival_s=self._arrival_s,
+            num_prompt_tokens=self.usage.num_prompt_tokens,
+            num_choices=sum(len(prompt.sampling) for prompt in prompts),
+        )
         try:
             for number, prompt in enumerate(prompts):
                 self._submit(f"{request_id}-{number}", prompt)
         except BaseException:
             self.abort()
             raise
+        context.requests.add(self._record)
         if caller.timeout_s is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(caller.timeout_s, self._expire)
@@ -150,9 +161,10 @@ class Generation:
             else engine.submit(request)
         )
         self._streams.append((len(self._choices), stream))
-        metrics.prompt_tokens.inc(len(prompt.token_ids))
-        metrics.prompt_len.observe(len(prompt.token_ids))
-        for _ in prompt.sampling:
+        self._record.timelines.append(request.timeline)
+        max_tokens = prompt.sampling[0].max_tokens
+        metrics.count_prompt(len(prompt.token_ids), len(prompt.sampling), max_tokens)
+        for choice in range(len(prompt.sampling)):
             text = OutputText(
                 self._context.tokenizer,
                 stop=self._fields.stop,
@@ -160,7 +172,7 @@ class Generation:
                 skip_special_tokens=self._fields.skip_special_tokens is not False,
                 shown_token_ids=prompt.shown_token_ids,
             )
-            timer = ChoiceTimer(metrics, self._arrival_s)
+            timer = ChoiceTimer(metrics, self._arrival_s, request.timeline, choice)
             self._choices.append(_Choice(text, timer, len(self._streams) - 1))
 
     def timing(self) -> dict[str, float]:
@@ -178,6 +190,9 @@ class Generation:
             self._timer.cancel()
         for _, stream in self._streams:
             stream.abort()
+        self._record.is_over = True
+        self._record.num_cached_tokens = self.usage.num_cached_tokens
+        self._record.num_completion_tokens = self.usage.num_completion_tokens
 
     def park(self) -> None:
         """Leave the engine until `resume`; whoever reads the deltas waits. Needs is_resumable."""

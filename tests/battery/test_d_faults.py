@@ -26,7 +26,7 @@ NEIGHBOURS = [f"neighbour {number} sings to them" for number in range(6)]
 
 def metric(server: Server, name: str) -> float:
     page = server.get("/metrics").body.decode()
-    return float(re.search(rf"^vllm:{name}_total\{{.*\}} (.*)$", page, re.MULTILINE)[1])
+    return float(re.search(rf"^\w+:{name}_total\{{.*\}} (.*)$", page, re.MULTILINE)[1])
 
 
 def run_beside(server: Server, *prompts: str, **fields):

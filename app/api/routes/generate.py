@@ -166,7 +166,14 @@ def _caller(
             )
         timeout_s = float(given)
     salt = tenants.cache_salt(name, fields.cache_salt)
-    return Caller(tenant=name, cache_salt=salt, timeout_s=timeout_s, is_resumable=is_resumable)
+    request_id: str = request.state.request_id
+    return Caller(
+        tenant=name,
+        request_id=request_id,
+        cache_salt=salt,
+        timeout_s=timeout_s,
+        is_resumable=is_resumable,
+    )
 
 
 def _unique_id(request: Request) -> str:

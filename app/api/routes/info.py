@@ -13,6 +13,7 @@ from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from app.serving.context import ServingContext
 from app.serving.engine_view import engine_view
 from app.serving.models import get_model, list_models
+from app.serving.request_log import request_view
 from app.serving.tokenize import detokenize, tokenize
 
 
@@ -43,6 +44,11 @@ def info_routes(context: ServingContext, max_bytes: int) -> APIRouter:
     @router.get("/v1/engine")
     async def engine() -> JSONResponse:
         return JSONResponse(engine_view(context))
+
+    @router.get("/v1/requests/{request_id}")
+    async def one_request(request_id: str, request: Request) -> JSONResponse:
+        tenant: str = request.state.key_name or ""
+        return JSONResponse(request_view(context.requests.find(tenant, request_id)))
 
     @router.get("/metrics")
     async def metrics() -> Response:
