@@ -44,7 +44,8 @@ class Workload:
 
     @property
     def longest(self) -> int:
-        return max(self.num_prompt + self.num_output, *(each + 1 for each in self.prefills))
+        warm = NUM_WARM_TOKENS + 1
+        return max(warm, self.num_prompt + self.num_output, *(n + 1 for n in self.prefills))
 
 
 def run(args: argparse.Namespace, options: LoadOptions) -> int:
@@ -186,8 +187,8 @@ class _Bench:
     def _batch(self, batch: int) -> None:
         workload = self._workload
         sizes = (workload.num_prompt, workload.num_output)
-        warm_tokens = min(NUM_WARM_TOKENS, workload.num_prompt)
-        self._engine.run(batch, warm_tokens, NUM_WARM_TOKENS, temperature=workload.temperature)
+        warm_sizes = (min(NUM_WARM_TOKENS, size) for size in sizes)
+        self._engine.run(batch, *warm_sizes, temperature=workload.temperature)
         trace = self._engine.run(batch, *sizes, temperature=workload.temperature)
         self._emit({"kind": "batch", "batch": batch, **self._figures(batch, trace)})
 

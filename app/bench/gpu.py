@@ -228,70 +228,62 @@ def _tests(args: argparse.Namespace) -> Iterator[Child]:
 def run_child(child: Child, seconds: float, add: Callable[[Record], None]) -> None:
     """Run a child and hand on its records; one that fails or takes too long leaves a fault.
 
-    A line that is no JSON is pytest's: the last of them is the outcome.
+    A line that is no record is pytest's or an error's: the last of them is the outcome.
     """
     started_s = time.monotonic()
-    process = subprocess.Popen(
+    said: list[str] = []
+    with subprocess.Popen(
         child.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    lines: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
-    readers = []
-    for name, pipe in (("out", process.stdout), ("err", process.stderr)):
-        assert pipe is not None
-        readers.append(threading.Thread(target=_read, args=(pipe, name, lines), daemon=True))
-        readers[-1].start()
-    said: list[str] | None = None
-    try:
-        said = _take(child, lines, started_s + seconds, add)
-    finally:
-        if said is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    is_late = said is None
-    status = process.wait()
-    for reader in readers:
-        reader.join()
-    words = said or []
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        reader = threading.Thread(target=_read, args=(process.stdout, lines))
+        reader.start()
+        is_whole = False
+        try:
+            is_whole = _take(child, lines, started_s + seconds, add, said)
+        finally:
+            if not is_whole:
+                os.killpg(process.pid, signal.SIGKILL)
+            reader.join()
     took_s = time.monotonic() - started_s
     if child.what.startswith("tests"):
-        add({"kind": "tests", "what": child.what, "seconds": took_s,
-             "summary": "out of time" if is_late else _last(words)})  # fmt: skip
-    if is_late or status:
-        error = (
-            f"killed after {took_s:.0f} s" if is_late else f"ended with {status}: {_last(words)}"
-        )
+        summary = _last(said) if is_whole else "out of time"
+        add({"kind": "tests", "what": child.what, "summary": summary, "seconds": took_s})
+    if not is_whole or process.returncode:
+        error = f"ended with {process.returncode}: {_last(said)}"
+        error = error if is_whole else f"killed after {took_s:.0f} s"
         add({"kind": "fault", "what": child.what, "error": error, **child.labels})
-
-
-def _read(
-    pipe: Iterator[str], name: str, lines: "queue.SimpleQueue[tuple[str, str | None]]"
-) -> None:
-    for line in pipe:
-        lines.put((name, line.rstrip()))
-    lines.put((name, None))
 
 
 def _take(
     child: Child,
-    lines: "queue.SimpleQueue[tuple[str, str | None]]",
+    lines: "queue.SimpleQueue[str | None]",
     deadline_s: float,
     add: Callable[[Record], None],
-) -> list[str] | None:
-    """Hand on records until both pipes are at their ends; return other lines, None when late."""
-    num_open, said = 2, []
-    while num_open:
+    said: list[str],
+) -> bool:
+    """Hand on records until the pipe is at its end, gather other lines; False when it is late."""
+    while True:
         try:
-            name, line = lines.get(timeout=max(0.0, deadline_s - time.monotonic()))
+            line = lines.get(timeout=max(0.0, deadline_s - time.monotonic()))
         except queue.Empty:
-            return None
+            return False
         if line is None:
-            num_open -= 1
-        elif name == "out" and line.startswith('{"kind"'):
-            add({**json.loads(line), **child.labels})
+            return True
+        # What a library draws without an end of line may stand before a record.
+        _, brace, rest = line.partition('{"kind"')
+        if brace:
+            add({**json.loads(brace + rest), **child.labels})
         elif line:
             said.append(line)
             sys.stderr.write(f"  {line}\n")
-    return said
+
+
+def _read(pipe: Iterator[str], lines: "queue.SimpleQueue[str | None]") -> None:
+    for line in pipe:
+        lines.put(line.rstrip())
+    lines.put(None)
 
 
 def _last(lines: list[str]) -> str:
