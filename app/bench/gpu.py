@@ -10,6 +10,7 @@ report.json and report.md are written anew with each. Needs Python, torch and Tr
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import queue
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     report = Report(args.output, "arriero on a GPU")
     deadline_s = time.monotonic() + args.seconds
+    if "tests" in args.parts and importlib.util.find_spec("pytest") is None:
+        report.add({"kind": "tests", "what": "all", "summary": "not run: there is no pytest here"})
     for child in _children(args, report.card_file, deadline_s):
         left_s = deadline_s - time.monotonic()
         if left_s < 5:
@@ -158,7 +161,7 @@ def write_config(name: str, folder: Path) -> Path:
 
 def _children(args: argparse.Namespace, card_file: Path, deadline_s: float) -> Iterator[Child]:
     """Yield the processes in order: what says most comes before what may not be reached."""
-    if "tests" in args.parts:
+    if "tests" in args.parts and importlib.util.find_spec("pytest") is not None:
         yield from _tests(args)
     first = write_config(args.models[0], args.output) / "config.json"
     small = ["--tiny"] if args.models[0] == "tiny" else ["--quick"] if args.quick else []
@@ -220,7 +223,7 @@ def _tests(args: argparse.Namespace) -> Iterator[Child]:
             continue
         # A warning of another version's torch is no reason to fail here.
         command = [sys.executable, "-m", "pytest", "--maxfail=10", "-W", "default", "-p"]
-        command += ["no:cacheprovider", "--tb=short", "-q", path]
+        command += ["no:cacheprovider", "--tb=short", path]
         command += [f"--ignore={other}" for other in NO_GPU_TESTS]
         yield Child(what=path, command=command, labels={}, seconds=TEST_SECONDS)
 

@@ -12,7 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from app.cli.bench import add_engine_options, run_engine
+from app.cli.bench import (
+    add_engine_options,
+    add_serve_options,
+    run_engine,
+    run_serve_bench,
+)
 from app.cli.command import Command, command_of
 from app.cli.options import (
     add_model_options,
@@ -60,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     description = "time a server, or the engine alone"
     bench = commands.add_parser("bench", help=description, description=description)
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    load = _add_command(benches, "serve", run_serve_bench, "time a running server under a load")
+    add_serve_options(load)
     engine = _add_command(benches, "engine", run_engine, "time the engine offline, batch by batch")
     add_engine_options(engine)
     completion = add_command("completion", run_completion, "print what completes these commands")

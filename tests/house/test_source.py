@@ -23,17 +23,22 @@ OPTIONS = frozenset(
         "--batch-size",
         "--block-size",
         "--body-timeout",
+        "--burstiness",
         "--card",
         "--chat-template",
         "--device",
         "--download-dir",
         "--dtype",
         "--enable-prefix-caching",
+        "--endpoint",
+        "--extra-body",
         "--generation-config",
+        "--goodput",
         "--gpu-memory-utilization",
         "--header-timeout",
         "--help",
         "--host",
+        "--ignore-eos",
         "--input-len",
         "--json",
         "--kv-cache-dtype",
@@ -41,21 +46,32 @@ OPTIONS = frozenset(
         "--load-format",
         "--log-format",
         "--log-level",
+        "--max-concurrency",
         "--max-connections",
         "--max-connections-per-client",
         "--max-model-len",
         "--max-num-batched-tokens",
         "--max-num-seqs",
         "--max-tokens",
+        "--metric-percentiles",
         "--min-p",
         "--model",
         "--no-enable-prefix-caching",
+        "--no-ignore-eos",
+        "--num-prompts",
+        "--num-warmups",
         "--output-json",
         "--output-len",
+        "--plot",
         "--port",
         "--prefill-len",
         "--prompt",
         "--quantization",
+        "--random-input-len",
+        "--random-output-len",
+        "--random-prefix-len",
+        "--random-range-ratio",
+        "--request-rate",
         "--revision",
         "--root-path",
         "--seconds",
@@ -72,6 +88,7 @@ OPTIONS = frozenset(
         "--tool-call-parser",
         "--top-k",
         "--top-p",
+        "--vocab-size",
     }
 )
 
@@ -143,7 +160,7 @@ def test_every_flag_of_readme_exists_and_every_flag_is_in_readme():
     text = (ROOT / "README.md").read_text("utf-8")
     named = set(re.findall(r"`(--[a-z-]+)", text))
     assert named <= OPTIONS | {"--full"}
-    assert OPTIONS - {"--help", "--no-enable-prefix-caching"} <= named
+    assert OPTIONS - {"--help", "--no-enable-prefix-caching", "--no-ignore-eos"} <= named
 
 
 def test_help_costs_no_torch():
