@@ -128,14 +128,15 @@ def arrivals(pace: Pace, seed: int) -> Iterator[float]:
 
 async def put_load(
     address: Address, drafts: Drafts, pace: Pace, seed: int, on_end: Callable[[], None]
-) -> list[Sent]:
+) -> tuple[list[Sent], float]:
     """Send all requests in their time and read every answer to its end; a fault is kept with it.
 
-    Answers are read as events only when the last has come. `on_end` is called at each end.
+    Answers are read as events only when the last has come. `on_end` is called at each end. Returns
+    the client's own CPU seconds beside, up to the last end.
     """
     ready = [(draft, due_s) for due_s in arrivals(pace, seed) for draft in (drafts.draw(),)]
     gate = asyncio.Semaphore(pace.max_concurrency or pace.num_prompts)
-    begun_s = time.monotonic()
+    begun_s, cpu_s = time.monotonic(), time.process_time()
     sent = [Sent(draft=draft, due_s=begun_s + due_s) for draft, due_s in ready]
 
     async def send(each: Sent) -> None:
@@ -153,9 +154,10 @@ async def put_load(
             await asyncio.sleep(wait_s)
         tasks.append(asyncio.create_task(send(each)))
     await asyncio.gather(*tasks)
+    cpu_s = time.process_time() - cpu_s
     for each in sent:
         _read(each, has_fixed_length="ignore_eos" in each.draft.request.body)
-    return sent
+    return sent, cpu_s
 
 
 def _read(each: Sent, *, has_fixed_length: bool) -> None:

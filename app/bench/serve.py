@@ -8,7 +8,6 @@ import asyncio
 import json
 import math
 import sys
-import time
 
 import httpx
 from tqdm import tqdm
@@ -81,13 +80,11 @@ async def _measure(
     drafts = Drafts(shape, seed)
     if num_warmups:
         warm = Pace(num_prompts=num_warmups, max_concurrency=pace.max_concurrency)
-        warmed = await put_load(address, drafts, warm, seed, lambda: None)
+        warmed, _ = await put_load(address, drafts, warm, seed, lambda: None)
         if all(each.completion is None for each in warmed):
             raise RequestFailed(f"no request of the warm-up succeeded: {warmed[0].fault}")
     with tqdm(total=pace.num_prompts, unit="request", disable=not sys.stderr.isatty()) as bar:
-        cpu_s = time.process_time()
-        sent = await put_load(address, drafts, pace, seed, bar.update)
-        return sent, time.process_time() - cpu_s
+        return await put_load(address, drafts, pace, seed, bar.update)
 
 
 def _first_model(address: Address) -> str:
