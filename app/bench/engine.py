@@ -6,12 +6,13 @@ lines of JSON and rows of tables. Imports nothing of HTTP or text: it also runs 
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from app.bench.limits import CardRates, Limits
@@ -23,6 +24,7 @@ from model.loader import ModelInfo, load_runner
 from model.runner import ModelRunner
 
 Emit = Callable[[Record], None]
+_Work = tuple[str, Callable[[int], None], int]  # what it is, what measures it, its size
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _LAYER_BYTES = {"fp8": 1.0, "int8": 1.0, "int4": 0.625}  # with the scales of blocks
 _HEAD_BYTES = {"int8": 1.0, "int4": 1.0625}
@@ -169,12 +171,12 @@ class _Bench:
                 "seconds": time.monotonic() - before_s if num_graphs else 0.0,
             }
         )
-        work: list[tuple[str, Callable[[int], None], int]] = [
+        work: list[_Work] = [
             (f"batch {batch}", self._batch, batch) for batch in self._workload.batches
         ]
         work += [(f"prompt of {size}", self._prefill, size) for size in self._workload.prefills]
         seconds = self._workload.seconds
-        for what, measure_one, size in work:
+        for what, measure_one, size in _watched(work):
             if seconds is not None and time.monotonic() - started_s > seconds:
                 self._emit({"kind": "fault", "what": what, "error": "out of time"})
                 continue
@@ -251,6 +253,16 @@ class _Bench:
             "planned_bytes": plan.weights_bytes + plan.kv_cache_bytes + plan.workspace_bytes,
             **peak_bytes(plan.device),
         }
+
+
+def _watched(work: Sequence[_Work]) -> Iterable[_Work]:
+    """Draw a bar if anybody is there to see it, and tqdm to draw it."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+        return work
+    from tqdm import tqdm
+
+    bar: Iterable[_Work] = tqdm(work, unit="run", leave=False)
+    return bar
 
 
 def process_age_s() -> float | None:
