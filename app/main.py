@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import gc
 import logging
 import resource
 import signal
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from app.api.connections import EdgeConfig
 from app.cli import Command
 from app.engine.client import EngineClient
+from app.engine.collector import settle_collector
 from app.engine.engine import Engine, EngineOptions
 from app.engine.watchdog import Verdict, Watchdog
 from app.factory import create_app
@@ -37,7 +37,6 @@ from model.loader import LoadedModel, ModelInfo, Progress, inspect_model, load_m
 logger = logging.getLogger("arriero")
 
 CLOSE_TIMEOUT_S = 5  # for clients to read their last event
-GC_THRESHOLD = 100_000  # objects made and not yet freed before the collector looks at the young
 OTHER_FILES = 512  # open besides connections: probes above the cap, libraries, logs
 
 
@@ -194,17 +193,6 @@ class DrainingServer(uvicorn.Server):
             connection.transport.abort()
         if tasks := set(self.server_state.tasks):
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
-
-
-def settle_collector() -> None:
-    """Keep the garbage collector off what is there for good, and from looking often.
-
-    A step makes thousands of small objects that die with it; a full collection among a loaded
-    tokenizer's and library's objects stops all streams for as long as a step.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 50, 100)
 
 
 def _with_open_files(settings: ServerSettings) -> ServerSettings:

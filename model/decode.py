@@ -77,6 +77,10 @@ class DecodeBatch:
         """Capture one more graph if it is time to; `num_rows` is what steps are made of now."""
         self._graphs.capture_next(num_rows)
 
+    def capture_all(self) -> None:
+        """Capture all graphs that are missing, now."""
+        self._graphs.capture_all()
+
     @property
     def num_captured(self) -> int:
         return self._graphs.num_captured

@@ -9,6 +9,7 @@ Knows neither what a step computes nor, but for `CudaGraphRecorder`, any device.
 """
 
 import logging
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -124,6 +125,12 @@ class DecodeGraphs:
         if len(self._replays) == len(self._sizes):
             logger.info("%d graphs captured in %.1f s", len(self._replays), self._spent_s)
             self._recorder = None
+
+    def capture_all(self) -> None:
+        """Capture all that are missing at once, whoever waits."""
+        while self._recorder is not None:
+            self._not_before_s = -math.inf
+            self.capture_next(1)
 
     def _next_size(self, num_rows: int) -> int:
         """Return the largest first, then the one that is wanted now, then the largest missing."""

@@ -21,7 +21,6 @@ from model.precision import DTYPES, KV_DTYPES, Precision, choose_precision
 from model.runner import ModelRunner
 from model.step import Runner, RunnerLimits
 from model.tokenizer import Tokenizer
-from model.tokenizers import load_tokenizer
 from model.weights.checkpoint import Checkpoint, open_checkpoint
 from model.weights.tensors import PackedTensor
 
@@ -63,6 +62,9 @@ def inspect_model(options: LoadOptions) -> ModelInfo:
 
 def load_model(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
     """Load weights and tokenizer, build the K/V pool and the runner. Raises ModelError."""
+    # Imported here: who only measures needs none of the libraries behind it.
+    from model.tokenizers import load_tokenizer
+
     device = _pick_device(options)
     checkpoint = open_checkpoint(options)
     try:
@@ -73,6 +75,17 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     finally:
         checkpoint.close()
     return LoadedModel(info=info, runner=runner, tokenizer=tokenizer)
+
+
+def load_runner(options: LoadOptions) -> tuple[ModelInfo, ModelRunner]:
+    """Load a model without its tokenizer: token ids in, token ids out. Raises ModelError."""
+    device = _pick_device(options)
+    checkpoint = open_checkpoint(options)
+    try:
+        info = _describe(options, checkpoint, device)
+        return info, _build_runner(info, checkpoint, device, None)
+    finally:
+        checkpoint.close()
 
 
 def _build_runner(

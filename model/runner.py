@@ -86,6 +86,14 @@ class ModelRunner:
             self._decode.warm_up()
 
     @torch.inference_mode()
+    def capture_all(self) -> int:
+        """Capture all graphs that are missing, now, for measurements; return how many there are."""
+        if self._decode is None:
+            return 0
+        self._decode.capture_all()
+        return self._decode.num_captured
+
+    @torch.inference_mode()
     def launch(self, plan: StepPlan, fill_masks: FillMasks) -> StepHandle:
         """Start a step. Constraint masks are filled between forward pass and sampling."""
         self._rows.forget_notes()  # of a launch that failed

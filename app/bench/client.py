@@ -2,13 +2,15 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import httpx
 
 from app.bench.peer import PeerFault, WireRequest
+
+Event = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,8 @@ class Completion:
     last_token_s: float
     ended_s: float
     num_output_tokens: int
+    num_prompt_tokens: int | None = None  # as the server counts them, if it says
+    arrivals_s: tuple[float, ...] = ()  # of each event with text
 
     @property
     def first_token_delay_s(self) -> float:
@@ -40,57 +44,81 @@ async def stream_completion(
     over fewer tokens would flatter it.
     """
     started_s = time.monotonic()
-    first_token_s = last_token_s = None
-    num_events, num_used = 0, None
+    events: list[tuple[float, Event]] = []
     try:
         async with client.stream("POST", request.path, json=request.body) as response:
             if response.status_code != httpx.codes.OK:
-                text = (await response.aread()).decode("utf-8", "replace")
-                raise PeerFault(f"answered {response.status_code}: {_one_line(text)}")
+                raise refusal(response.status_code, await response.aread())
             async for event in _events(response):
-                if "error" in event:
-                    raise PeerFault(f"broke off: {_one_line(json.dumps(event['error']))}")
-                if _has_text(event):
-                    num_events += 1
-                    last_token_s = time.monotonic()
-                    first_token_s = first_token_s or last_token_s
-                usage = event.get("usage")
-                if isinstance(usage, dict) and usage.get("completion_tokens"):
-                    num_used = usage["completion_tokens"]
+                events.append((time.monotonic(), event))
     except httpx.HTTPError as error:
-        raise PeerFault(f"broke off: {type(error).__name__} {_one_line(str(error))}") from error
-    num_answered = num_events if num_used is None else num_used
-    if num_answered != num_output:
+        raise PeerFault(f"broke off: {type(error).__name__} {one_line(str(error))}") from error
+    return completion_of(events, started_s, time.monotonic(), num_output)
+
+
+def completion_of(
+    events: Iterable[tuple[float, Event]], started_s: float, ended_s: float, num_output: int | None
+) -> Completion:
+    """Say what the events of a stream, each with its instant, amount to.
+
+    Raises PeerFault for an error among them, or where there are not `num_output` tokens, if given.
+    """
+    arrivals_s: list[float] = []
+    usage: Event = {}
+    for instant_s, event in events:
+        if "error" in event:
+            raise PeerFault(f"broke off: {one_line(json.dumps(event['error']))}")
+        if _has_text(event):
+            arrivals_s.append(instant_s)
+        said = event.get("usage")
+        if isinstance(said, dict) and said.get("completion_tokens"):
+            usage = said
+    num_answered = cast(int, usage.get("completion_tokens", len(arrivals_s)))
+    if num_output is not None and num_answered != num_output:
         raise PeerFault(f"answered {num_answered} tokens where {num_output} were asked for")
-    ended_s = time.monotonic()
     return Completion(
         started_s=started_s,
         # A token whose text is held back, such as half a character, shows at the end alone.
-        first_token_s=first_token_s or ended_s,
-        last_token_s=last_token_s or ended_s,
+        first_token_s=arrivals_s[0] if arrivals_s else ended_s,
+        last_token_s=arrivals_s[-1] if arrivals_s else ended_s,
         ended_s=ended_s,
         num_output_tokens=num_answered,
+        num_prompt_tokens=cast(int | None, usage.get("prompt_tokens")),
+        arrivals_s=tuple(arrivals_s),
     )
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, object]]:
+def refusal(status: int, body: bytes) -> PeerFault:
+    """Return the fault of an answer that is no stream."""
+    return PeerFault(f"answered {status}: {one_line(body.decode('utf-8', 'replace'))}")
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[Event]:
     rest = b""
     async for chunk in response.aiter_bytes():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
-            payload = line.removeprefix(b"data:").strip()
-            if payload.startswith(b"{") and line.startswith(b"data:"):
-                yield json.loads(payload)
+            if (event := event_of(line)) is not None:
+                yield event
 
 
-def _has_text(event: dict[str, object]) -> bool:
+def event_of(line: bytes) -> Event | None:
+    """Return the JSON object of a data line, None for any other line."""
+    payload = line.removeprefix(b"data:").strip()
+    if not (payload.startswith(b"{") and line.startswith(b"data:")):
+        return None
+    return cast(Event, json.loads(payload))
+
+
+def _has_text(event: Event) -> bool:
     choices = event.get("choices")
     if not isinstance(choices, list) or not choices:
         return False
-    choice = cast(dict[str, object], choices[0])
+    choice = cast(Event, choices[0])
     delta = choice.get("delta")
     return bool(choice.get("text") or (isinstance(delta, dict) and delta.get("content")))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Return the beginning of a text, on one line."""
     return " ".join(text.split())[:300]

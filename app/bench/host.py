@@ -21,9 +21,10 @@ import httpx
 from app.api.connections import EdgeConfig
 from app.bench.process import ServerProcess, free_port
 from app.cli import parse
+from app.engine.collector import settle_collector
 from app.factory import create_app
 from app.logs import set_up_logging
-from app.main import DrainingServer, bind, make_context, settle_collector
+from app.main import DrainingServer, bind, make_context
 from app.settings import read_environment
 from model.loader import LoadedModel, inspect_model
 from model.step import (

@@ -20,7 +20,10 @@ class Flag:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A command, its flags and the words that may stand alone in it; without any, a file may."""
+    """A command, its flags and the words that may stand alone in it; without any, a file may.
+
+    The name of a command inside of another is both words: "bench serve".
+    """
 
     name: str
     help: str
@@ -40,10 +43,32 @@ def script_for(shell: str, parser: argparse.ArgumentParser) -> str:
 
 def entries_of(parser: argparse.ArgumentParser) -> list[Entry]:
     """Read the commands out of a parser; argparse has no public way to ask."""
-    (commands,) = (
-        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
-    )
-    return [_entry_of(name, command) for name, command in commands.choices.items()]
+    return [
+        entry
+        for name, command in _commands_of(parser).items()
+        for entry in (
+            _entry_of(name, command),
+            *(_entry_of(f"{name} {inner}", each) for inner, each in _commands_of(command).items()),
+        )
+    ]
+
+
+def _commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    choices: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            choices |= action.choices
+    return choices
+
+
+def _outer(entries: list[Entry]) -> list[Entry]:
+    """Return the commands that are a word alone."""
+    return [entry for entry in entries if " " not in entry.name]
+
+
+def _outer_of_pairs(entries: list[Entry]) -> str:
+    """Return the words that a second one belongs to, as a pattern of shells."""
+    return "|".join(sorted({entry.name.split()[0] for entry in entries if " " in entry.name}))
 
 
 def _entry_of(name: str, command: argparse.ArgumentParser) -> Entry:
@@ -80,22 +105,27 @@ def _bash(entries: list[Entry]) -> str:
         )
         names = " ".join(name for flag in entry.flags for name in flag.names)
         cases.append(
-            f"    {entry.name})\n"
+            f"    {_quoted(entry.name)})\n"
             f'      case "$previous" in\n{values}      esac\n'
             f"      flags='{names}' alone='{' '.join(entry.words)}' ;;\n"
         )
-    commands = " ".join(entry.name for entry in entries)
+    commands = " ".join(entry.name for entry in _outer(entries))
     return f"""\
 # eval "$(arriero completion bash)" in ~/.bashrc
 _arriero() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}"
-  local words='' flags='' alone='' is_value=''
+  local words='' flags='' alone='' is_value='' command="${{COMP_WORDS[1]}}"
   COMPREPLY=()
   if [ "$COMP_CWORD" -eq 1 ]; then
     COMPREPLY=($(compgen -W '{commands}' -- "$word"))
     return
   fi
-  case "${{COMP_WORDS[1]}}" in
+  if [ "$COMP_CWORD" -gt 2 ]; then
+    case "$command" in
+      {_outer_of_pairs(entries)}) command="$command ${{COMP_WORDS[2]}}" ;;
+    esac
+  fi
+  case "$command" in
 {"".join(cases)}    *) return ;;
   esac
   if [ -z "$is_value" ]; then
@@ -126,9 +156,10 @@ def _zsh(entries: list[Entry]) -> str:
         alone = f"({' '.join(entry.words)})" if entry.words else "_files"
         specs = [spec(flag, name) for flag in entry.flags for name in flag.names]
         lines = " \\\n        ".join([*specs, f"'*:word:{alone}'"])
-        cases.append(f"    {entry.name})\n      _arguments \\\n        {lines} ;;\n")
+        cases.append(f"    {_quoted(entry.name)})\n      _arguments \\\n        {lines} ;;\n")
     commands = "\n".join(
-        f"    {_quoted(entry.name + ':' + entry.help.replace(':', ';'))}" for entry in entries
+        f"    {_quoted(entry.name + ':' + entry.help.replace(':', ';'))}"
+        for entry in _outer(entries)
     )
     return f"""\
 # eval "$(arriero completion zsh)" in ~/.zshrc, after compinit
@@ -144,6 +175,11 @@ _arriero() {{
   local command=$words[2]
   shift words
   (( CURRENT-- ))
+  if (( CURRENT > 2 )); then
+    case "$command" in
+      {_outer_of_pairs(entries)}) command="$command $words[2]"; shift words; (( CURRENT-- )) ;;
+    esac
+  fi
   case "$command" in
 {"".join(cases)}  esac
 }}
@@ -157,11 +193,14 @@ def _fish(entries: list[Entry]) -> str:
         "set -l seen __fish_seen_subcommand_from",
     ]
     for entry in entries:
-        lines.append(
-            f"complete -c arriero -n __fish_use_subcommand -f -a {entry.name} "
-            f"-d {_quoted(entry.help)}"
-        )
-        seen = f'complete -c arriero -n "$seen {entry.name}"'
+        outer, _, inner = entry.name.partition(" ")
+        if not inner:
+            lines.append(
+                f"complete -c arriero -n __fish_use_subcommand -f -a {entry.name} "
+                f"-d {_quoted(entry.help)}"
+            )
+        is_inner = f"; and $seen {inner}" if inner else ""
+        seen = f'complete -c arriero -n "$seen {outer}{is_inner}"'
         if entry.words:
             lines.append(f"{seen} -f -a '{' '.join(entry.words)}'")
         for flag in entry.flags:

@@ -12,6 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
+from app.cli.bench import (
+    add_engine_options,
+    add_serve_options,
+    run_engine,
+    run_serve_bench,
+)
 from app.cli.command import Command, command_of
 from app.cli.options import (
     add_model_options,
@@ -38,10 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="arriero", description="Serve LLaMA-family models, or talk to one.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_command(name: str, run: Run, description: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=description, description=description)
-        command.set_defaults(run=run, fail=command.error, refuse_flag=partial(_refuse, command))
-        return command
+    add_command = partial(_add_command, commands)
 
     serve = add_command("serve", run_serve, "load a model and serve OpenAI's API")
     add_model_options(serve)
@@ -59,9 +62,24 @@ def build_parser() -> argparse.ArgumentParser:
     for talk in (generate, chat):
         add_talk_options(talk)
         add_model_options(talk)
+    description = "time a server, or the engine alone"
+    bench = commands.add_parser("bench", help=description, description=description)
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    load = _add_command(benches, "serve", run_serve_bench, "time a running server under a load")
+    add_serve_options(load)
+    engine = _add_command(benches, "engine", run_engine, "time the engine offline, batch by batch")
+    add_engine_options(engine)
     completion = add_command("completion", run_completion, "print what completes these commands")
     completion.add_argument("shell", choices=["bash", "zsh", "fish"])
     return parser
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[Parser]", name: str, run: Run, description: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=description, description=description)
+    command.set_defaults(run=run, fail=command.error, refuse_flag=partial(_refuse, command))
+    return command
 
 
 def _refuse(command: argparse.ArgumentParser, word: str) -> None:

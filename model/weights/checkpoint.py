@@ -202,7 +202,9 @@ def _open_dummy(folder: Path, options: LoadOptions) -> _Opened:
     path = folder / CONFIG
     config = config_from_hf(read_json(path), str(path))
     generation, ends = _generation(folder)
-    store = DummyStore(config, options.seed, path)
+    is_on_card = options.device.startswith("cuda") or options.device == "auto"
+    device = torch.device("cuda" if is_on_card and torch.cuda.is_available() else "cpu")
+    store = DummyStore(config, options.seed, path, device)
     return _Opened(config=config, store=store, generation=generation, eos_token_ids=ends)
 
 

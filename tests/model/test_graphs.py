@@ -107,3 +107,18 @@ def test_a_capture_that_fails_is_the_last_and_steps_go_on(caplog):
     bench.graphs.run(1)
     bench.graphs.run(8)
     assert (bench.launched, bench.replayed) == ([1], [8])
+
+
+def test_all_that_are_missing_are_captured_at_once_if_asked_for():
+    bench = Bench([1, 2, 4, 8])
+    bench.graphs.capture_next(2)
+    bench.graphs.capture_all()
+    assert sorted(bench.launched) == [1, 2, 4, 8]
+    bench.graphs.capture_all()
+    assert bench.graphs.num_captured == 4
+
+
+def test_capturing_all_ends_where_there_is_no_room():
+    bench = Bench([1, 2, 4, 8], max_captures=2)
+    bench.graphs.capture_all()
+    assert bench.graphs.num_captured == 2

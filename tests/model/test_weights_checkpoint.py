@@ -102,6 +102,13 @@ def test_dummy_weights_have_the_configs_dtype_and_a_sensible_scale(tmp_path: Pat
     assert torch.equal(checkpoint.read("model.norm.weight").float(), torch.ones(64))
 
 
+def test_rows_of_a_large_dummy_matrix_differ(tmp_path: Path) -> None:
+    write_toy_checkpoint(tmp_path, vocab_size=60_000, tokenizer=False)
+    head = open_model(tmp_path, load_format="dummy").read("lm_head.weight")
+    assert head.numel() > 3 * 2**20
+    assert len(head.unique(dim=0)) == 60_000
+
+
 def test_absurd_dummy_is_refused_before_it_is_drawn(tmp_path: Path) -> None:
     write_toy_checkpoint(tmp_path)
     config = tmp_path / "config.json"

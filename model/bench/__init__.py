@@ -1,0 +1,1 @@
+"""Measures a card, and the kernels against what the card can do: bytes moved, operations done."""
