@@ -1,0 +1,119 @@
+"""Ids of the sampling kernels against those of model/sampling, which are equal to the bit.
+
+The interpreter's `exp` is numpy's and may differ from torch's by a unit in the last place; with
+fixed seeds no number falls on such a boundary.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+
+from model.kernels.sample import Draw, sample_rows
+from model.sampling.edits import SampleRow
+from model.sampling.sampler import sample
+from model.sampling.table import SamplingTable, table_of
+from model.step import SamplingParams
+
+
+def draw_params(rng: random.Random, vocab_size: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.3, 1.0, 1.0, 2.5, 1e-9]),
+        top_k=rng.choice([0, 0, 1, 5, 50, vocab_size - 1, vocab_size, 10**6]),
+        top_p=rng.choice([1.0, 1.0, 0.9, 0.5, 0.99, 1e-6]),
+        min_p=rng.choice([0.0, 0.0, 0.05, 0.9]),
+        seed=rng.getrandbits(64),
+        choice=rng.randrange(5),
+    )
+
+
+def draw_logits(rng: random.Random, num_rows: int, vocab_size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    logits = torch.randn(num_rows, vocab_size, generator=generator) * rng.choice([0.1, 2, 8])
+    for row in range(num_rows):
+        if rng.random() < 0.4:  # many ties
+            logits[row] = (logits[row] * 2).round() / 2
+        if rng.random() < 0.2:  # masked ids
+            logits[row, torch.rand(vocab_size, generator=generator) < 0.7] = -math.inf
+            logits[row, rng.randrange(vocab_size)] = 1.0
+    return logits
+
+
+def reference(logits, params, positions):
+    rows = [
+        SampleRow(sampling=s, position=p, num_prompt_tokens=1, token_log=torch.empty(0))
+        for s, p in zip(params, positions, strict=True)
+    ]
+    sampled = sample(logits.cpu(), rows)
+    return sampled.token_ids.tolist(), sampled.is_broken.tolist()
+
+
+def kernels(logits, params, positions, most=Draw.FILTERED):
+    rows = torch.arange(len(params), device=logits.device)
+    at = torch.tensor(positions, device=logits.device)
+    ids, is_broken = sample_rows(logits, rows, at, table_of(params, logits.device), most)
+    return ids.tolist(), is_broken.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [50, 3000, 9001])
+def test_ids_equal_those_of_the_reference(vocab_size, device):
+    rng = random.Random(vocab_size)
+    for _ in range(3):
+        params = [draw_params(rng, vocab_size) for _ in range(6)]
+        positions = [rng.choice([0, 7, 2**31 + 5, 2**33 + 1]) for _ in params]
+        logits = draw_logits(rng, len(params), vocab_size).to(device)
+        assert kernels(logits, params, positions) == reference(logits, params, positions)
+
+
+def test_a_cut_that_no_short_list_holds(device):
+    """All logits alike, or nearly so: bisection goes over the row."""
+    rng = random.Random(5)
+    logits = torch.zeros(4, 20000)
+    logits[2:] = torch.randn(2, 20000, generator=torch.Generator().manual_seed(3)) * 1e-3
+    params = [
+        SamplingParams(top_p=0.7, seed=rng.getrandbits(64)),
+        SamplingParams(top_k=15000, top_p=0.5, seed=rng.getrandbits(64)),
+        SamplingParams(top_p=0.9, seed=rng.getrandbits(64)),
+        SamplingParams(top_k=12345, seed=rng.getrandbits(64)),
+    ]
+    logits = logits.to(device)
+    assert kernels(logits, params, [1, 2, 3, 4]) == reference(logits, params, [1, 2, 3, 4])
+
+
+def test_rows_that_ask_for_less_need_fewer_kernels(device):
+    rng = random.Random(2)
+    logits = draw_logits(rng, 3, 500).to(device)
+    greedy = [SamplingParams(temperature=0.0)] * 3
+    plain = [SamplingParams(seed=5), SamplingParams(min_p=0.3, seed=6), greedy[0]]
+    for params, most in ((greedy, Draw.GREEDY), (plain, Draw.PLAIN)):
+        assert kernels(logits, params, [4, 5, 6], most) == reference(logits, params, [4, 5, 6])
+
+
+def test_rows_without_a_choice_are_broken(device):
+    logits = torch.zeros(5, 100)
+    logits[0, 30] = math.nan
+    logits[1, 30] = math.inf
+    logits[2] = -math.inf
+    logits[3, 99] = -math.nan
+    logits[4, :50] = -math.inf
+    logits = logits.to(device)
+    for s in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.5, top_k=7, seed=1)):
+        ids, is_broken = kernels(logits, [s] * 5, [9] * 5)
+        assert is_broken == [True, True, True, True, False]
+        assert ids[:4] == [0, 0, 0, 0]
+        assert ids[4] >= 50
+
+
+def test_lines_of_a_table_stay_until_they_are_written_again(device):
+    table = SamplingTable(4, device)
+    hot, cold = SamplingParams(top_p=0.8, seed=3), SamplingParams(top_k=3, seed=2**64 - 1)
+    table.write([2, 0], [hot, cold])
+    table.write([2], [cold])
+    table.write([], [])
+    rows, positions = (torch.tensor(x, device=device) for x in ([0, 2, 4, 1], [3, 3, -1, 0]))
+    logits = draw_logits(random.Random(4), 1, 300).expand(4, 300).contiguous().to(device)
+    ids, _ = sample_rows(logits, rows, positions, table.words)
+    greedy = SamplingParams(temperature=0.0)
+    expected, _ = reference(logits, [cold, cold, greedy, greedy], [3, 3, 0, 0])
+    assert ids.tolist() == expected
