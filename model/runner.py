@@ -15,10 +15,12 @@ from torch import Tensor
 from model.decode import DecodeBatch, is_decode
 from model.graphs import GraphRecorder
 from model.network import Network
+from model.operations import choose_sampling
 from model.rows import Rows, Samples
 from model.sampling.edits import SampleRow
 from model.sampling.logprobs import ChosenLogprobs, chosen_logprobs, to_token_logprobs
-from model.sampling.sampler import Sampled, sample
+from model.sampling.residents import ResidentDraws
+from model.sampling.sampler import Choose, Sampled, choose_by, choose_in_torch, sample
 from model.step import (
     FillMasks,
     PlanRow,
@@ -71,6 +73,11 @@ class ModelRunner:
         self._limits = limits
         self._device = device
         self._rows = Rows(limits, device)
+        self._draws: ResidentDraws | None = None
+        self._choose: Choose = choose_in_torch
+        if sample_rows := choose_sampling(device):
+            self._draws = ResidentDraws(limits.max_num_seqs, device, sample_rows)
+            self._choose = choose_by(sample_rows)
         self._decode: DecodeBatch | None = None
         if decodes_on_device:
             self._decode = DecodeBatch(network, self._rows, limits, device, recorder)
@@ -93,6 +100,8 @@ class ModelRunner:
             self._rows.remove(row)
         for new_row in plan.added:
             self._rows.add(new_row)
+        if self._draws is not None:
+            self._draws.add(plan.added)
         sampling = [self._rows[plan_row.row].sampling for plan_row in plan.rows]
         handle = _Launched(plan=plan, sampling=sampling, is_decode=is_decode(plan.rows))
         if not plan.rows:
@@ -169,7 +178,11 @@ class ModelRunner:
             padding = -num_samples % self._network.row_tile
             hidden = hidden[torch.nn.functional.pad(tokens, (0, padding))]
         logits = self._network.compute_logits(hidden)[:num_samples]
-        sampled = sample(logits, self._sample_rows(plan, masks))
+        sampled = None
+        if self._draws is not None:
+            sampled = self._draws.sample(logits, samples, plan.rows)
+        if sampled is None:
+            sampled = sample(logits, self._sample_rows(plan, masks), self._choose)
         self._rows.append(samples, sampled.token_ids)
         return sampled.download()
 

@@ -1,7 +1,5 @@
 """Launches the kernels of model/kernels/sampling.py, one after the other, over logits."""
 
-from enum import IntEnum
-
 import torch
 import triton
 from torch import Tensor
@@ -19,26 +17,21 @@ from model.kernels.sampling import (
     sums_kernel,
     threshold_kernel,
 )
-
-
-class Draw(IntEnum):
-    """What the rows of a launch may ask for; rows that ask for less come out the same."""
-
-    GREEDY = 0  # nobody draws: two kernels
-    PLAIN = 1  # temperature and min_p: three
-    FILTERED = 2  # top_k and top_p as well: seven
+from model.sampling.table import Draw
 
 
 def sample_rows(
-    logits: Tensor, rows: Tensor, positions: Tensor, table: Tensor, most: Draw = Draw.FILTERED
+    logits: Tensor, rows: Tensor, positions: Tensor, table: Tensor, most: Draw
 ) -> tuple[Tensor, Tensor]:
     """Choose an id for each of logits [N, V] float32, whose rows are contiguous.
 
     `rows` [N] int64 are lines of the table [R, COLUMNS] (model/sampling/table.py), `positions` [N]
     int64 those of the tokens to be sampled. Return ids [N] int64 and whether a row is broken [N]
-    bool: NaN or +inf in the logits, or nothing but -inf; its id is 0. Waits for nothing.
+    bool: NaN or +inf in the logits, or nothing but -inf; its id is 0. No row may ask for more than
+    `most`. Waits for nothing, and can be captured into a graph.
     """
-    assert logits.dtype is torch.float32 and logits.stride(1) == 1
+    assert logits.dtype is torch.float32
+    assert logits.stride(1) == 1
     num_rows, vocab_size = logits.shape
     num_splits = triton.cdiv(vocab_size, CHUNK.value)
     splits = max(2, triton.next_power_of_2(num_splits))

@@ -134,7 +134,10 @@ def maxima_kernel(
     tl.store(maxima_ptr + place * SPLITS + split, tl.max(packed, axis=0))
 
 
-@triton.jit(do_not_specialize=["logits_stride"])
+@triton.jit(
+    do_not_specialize=["logits_stride"],
+    do_not_specialize_on_alignment=["rows_ptr"],
+)
 def levels_kernel(
     logits_ptr,
     logits_stride,
@@ -175,7 +178,10 @@ def levels_kernel(
             tl.store(output + index, tl.sum(tl.where(is_above, packed, 0), axis=0))
 
 
-@triton.jit(do_not_specialize=["logits_stride"])
+@triton.jit(
+    do_not_specialize=["logits_stride"],
+    do_not_specialize_on_alignment=["rows_ptr"],
+)
 def collect_kernel(
     logits_ptr,
     logits_stride,
@@ -284,7 +290,10 @@ def bisect(
     return low
 
 
-@triton.jit(do_not_specialize=["logits_stride"])
+@triton.jit(
+    do_not_specialize=["logits_stride"],
+    do_not_specialize_on_alignment=["rows_ptr"],
+)
 def threshold_kernel(
     logits_ptr,
     logits_stride,
@@ -379,7 +388,10 @@ def read_cut(state_ptr, place, top_k, top_p, vocab_size):
     return key.to(tl.int32), ties, weight
 
 
-@triton.jit(do_not_specialize=["logits_stride"])
+@triton.jit(
+    do_not_specialize=["logits_stride"],
+    do_not_specialize_on_alignment=["rows_ptr"],
+)
 def sums_kernel(
     logits_ptr,
     logits_stride,
@@ -411,7 +423,10 @@ def sums_kernel(
         tl.store(output + SPLITS, tl.sum(is_tie.to(tl.int32), axis=0).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["logits_stride"])
+@triton.jit(
+    do_not_specialize=["logits_stride"],
+    do_not_specialize_on_alignment=["rows_ptr", "positions_ptr"],
+)
 def pick_kernel(
     logits_ptr,
     logits_stride,

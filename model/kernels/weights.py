@@ -30,7 +30,8 @@ def value_of_key(keys):
 def weigh(exponents, min_exponent, INTERPRETED: tl.constexpr):
     """Return the weights (int64) of (logits - largest) * scale, as `distribution.weigh` does.
 
-    They are 0 below min_p. libdevice's exp is the one that torch calls; Triton's own is an approximation.
+    They are 0 below min_p. libdevice's exp is the one that torch calls; Triton's own is an
+    approximation.
     """
     if INTERPRETED:
         powers = tl.exp(exponents)

@@ -5,7 +5,8 @@ same sequences sends nothing. Knows the parameters of a draw, not how ids are dr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -13,6 +14,24 @@ from torch import Tensor
 
 from model.step import SamplingParams
 from model.transfer import Ids, send
+
+
+class Draw(IntEnum):
+    """What a row asks for at most; a row that asks for less comes out the same."""
+
+    GREEDY = 0
+    PLAIN = 1  # temperature and min_p
+    FILTERED = 2  # top_k and top_p as well
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> "Draw":
+        if sampling.is_greedy:
+            return cls.GREEDY
+        return cls.FILTERED if sampling.top_k > 0 or sampling.top_p < 1.0 else cls.PLAIN
+
+
+SampleRows = Callable[[Tensor, Tensor, Tensor, Tensor, Draw], tuple[Tensor, Tensor]]
+"""Logits, rows, positions, table, the most -> ids and who is broken: model/kernels/sample.py."""
 
 COLUMNS = 8
 IS_RANDOM, SEED, CHOICE, TOP_K, TOP_P, SCALE, MIN_EXPONENT = range(7)
@@ -50,16 +69,6 @@ class SamplingTable:
         columns = np.column_stack((np.array(rows, dtype=np.int64), lines(sampling)))
         sent = send(torch.from_numpy(columns), self.words.device)
         self.words.index_copy_(0, sent[:, 0], sent[:, 1:])
-
-
-def table_of(sampling: Sequence[SamplingParams], device: torch.device) -> Tensor:
-    """Return the words [N, COLUMNS] of rows that are no residents."""
-    return send(torch.from_numpy(lines(sampling)), device)
-
-
-def has_filters(sampling: Sequence[SamplingParams]) -> bool:
-    """Whether a row asks for top_k or top_p."""
-    return any(not s.is_greedy and (s.top_k > 0 or s.top_p < 1.0) for s in sampling)
 
 
 def _as_signed(value: int, bits: int) -> int:

@@ -20,8 +20,7 @@ from model.kernels.sample import sample_rows
 from model.kv_pool import KVPool
 from model.layers.rotary import RotaryEmbedding
 from model.network import StepInputs
-from model.sampling.table import table_of
-from model.step import SamplingParams
+from model.sampling.table import Draw, SamplingTable
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
@@ -106,8 +105,8 @@ def sampling(vocab_size: int) -> Callable[[], None]:
 
     def step() -> None:
         zeros = torch.zeros(2, dtype=torch.int64)
-        table = table_of([SamplingParams(), SamplingParams(temperature=0.0)], CPU)
-        sample_rows(torch.zeros(2, vocab_size), zeros, zeros, table)
+        table = SamplingTable(2, CPU).words
+        sample_rows(torch.zeros(2, vocab_size), zeros, zeros, table, Draw.FILTERED)
 
     return step
 

@@ -6,15 +6,18 @@ fixed seeds no number falls on such a boundary.
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from model.kernels.sample import Draw, sample_rows
+from model.kernels.sample import sample_rows
+from model.rows import Samples
 from model.sampling.edits import SampleRow
-from model.sampling.sampler import sample
-from model.sampling.table import SamplingTable, table_of
-from model.step import SamplingParams
+from model.sampling.residents import ResidentDraws
+from model.sampling.sampler import choose_by, sample
+from model.sampling.table import Draw, SamplingTable, lines
+from model.step import NewRow, PlanRow, SamplingParams
 
 
 def draw_params(rng: random.Random, vocab_size: int) -> SamplingParams:
@@ -52,7 +55,9 @@ def reference(logits, params, positions):
 def kernels(logits, params, positions, most=Draw.FILTERED):
     rows = torch.arange(len(params), device=logits.device)
     at = torch.tensor(positions, device=logits.device)
-    ids, is_broken = sample_rows(logits, rows, at, table_of(params, logits.device), most)
+    ids, is_broken = sample_rows(
+        logits, rows, at, torch.from_numpy(lines(params)).to(logits.device), most
+    )
     return ids.tolist(), is_broken.tolist()
 
 
@@ -113,7 +118,47 @@ def test_lines_of_a_table_stay_until_they_are_written_again(device):
     table.write([], [])
     rows, positions = (torch.tensor(x, device=device) for x in ([0, 2, 4, 1], [3, 3, -1, 0]))
     logits = draw_logits(random.Random(4), 1, 300).expand(4, 300).contiguous().to(device)
-    ids, _ = sample_rows(logits, rows, positions, table.words)
+    ids, _ = sample_rows(logits, rows, positions, table.words, Draw.FILTERED)
     greedy = SamplingParams(temperature=0.0)
     expected, _ = reference(logits, [cold, cold, greedy, greedy], [3, 3, 0, 0])
     assert ids.tolist() == expected
+
+
+def test_edited_rows_and_log_probabilities_go_together_with_the_kernels(device):
+    rng = random.Random(8)
+    logits = draw_logits(rng, 8, 400).to(device)
+    log = torch.tensor([3, 5, 3, 9], device=device)
+    rows = []
+    for index in range(8):
+        s = draw_params(rng, 400)
+        if index % 2:
+            s = replace(s, repetition_penalty=1.5, logit_bias=((7, 4.0),), logprobs=3)
+        rows.append(SampleRow(sampling=s, position=4, num_prompt_tokens=2, token_log=log))
+    expected = sample(logits, rows)
+    got = sample(logits, rows, choose_by(sample_rows))
+    assert torch.equal(got.token_ids, expected.token_ids)
+    assert torch.equal(got.is_broken, expected.is_broken)
+    assert torch.equal(got.logprobs.logprobs, expected.logprobs.logprobs)
+
+
+def test_residents_are_drawn_from_the_table_unless_they_want_more_than_an_id(device):
+    draws = ResidentDraws(4, device, sample_rows)
+    params = [SamplingParams(top_p=0.9, seed=4), SamplingParams(seed=5), SamplingParams(logprobs=0)]
+    draws.add(
+        [
+            NewRow(row=row, token_ids=(1,), num_prompt_tokens=1, sampling=s)
+            for row, s in zip((3, 0, 2), params, strict=True)
+        ]
+    )
+    logits = draw_logits(random.Random(6), 2, 200).to(device)
+    where = torch.tensor([3, 0], device=device)
+    samples = Samples(rows=where, positions=where + 5, tokens=None)
+    plan = [
+        PlanRow(row=row, start=4, num_tokens=1, logits_from=4, sample=True) for row in (3, 0, 2)
+    ]
+    sampled = draws.sample(logits, samples, plan[:2])
+    assert sampled.token_ids.tolist() == reference(logits, params[:2], [8, 5])[0]
+    assert draws.most(plan[1:2]) == Draw.PLAIN
+    assert draws.sample(logits, samples, plan) is None
+    assert draws.most([replace(plan[0], mask_slot=0)]) is None
+    assert draws.most([replace(plan[2], sample=False)]) == Draw.GREEDY
