@@ -91,6 +91,8 @@ class ModelRunner:
         """Have built whatever the device builds at first use."""
         if self._decode is not None:
             self._decode.warm_up()
+        if self._draws is not None:
+            self._draws.warm_up(self._limits.vocab_size)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, fill_masks: FillMasks) -> StepHandle:

@@ -39,6 +39,8 @@ _COUNT_SHIFT = tl.constexpr(48)  # 4096 weights of at most 2^35 stay below 2^48
 _ONE_COUNT = tl.constexpr(1 << 48)
 _WEIGHT_MASK = tl.constexpr((1 << 48) - 1)
 _NAN_FREE = tl.constexpr(0x7F800000)  # the key of +inf
+_WIDTH = tl.constexpr(2048)  # logits that a bisection reads at a time
+_MOST = tl.constexpr(0x7FFFFFFF)
 _MINUS_INF = tl.constexpr(-2139095041)  # the key of -inf
 
 # Columns of the table (model/sampling/table.py), and of the state that kernels leave a row.
@@ -250,17 +252,28 @@ def measure(
     INTERPRETED: tl.constexpr,
 ):
     """Return how many of the source's logits have at least a key, and their weight."""
-    count = (least * 0).to(tl.int64)
-    weight = count
-    for start in range(0, length, CHUNK):
-        places = start + tl.arange(0, CHUNK)
-        values = tl.load(source + places, mask=places < length, other=float("-inf"))
-        is_kept = (order_key(values) >= least) & (places < length)
-        count += tl.sum(is_kept.to(tl.int32), axis=0)
+    lanes = tl.arange(0, _WIDTH)
+    counts = lanes * 0
+    sums = counts.to(tl.int64)
+    for start in range(0, length, _WIDTH):
+        values = tl.load(source + start + lanes, mask=start + lanes < length, other=float("-inf"))
+        is_kept = (order_key(values) >= least) & (start + lanes < length)
+        counts += is_kept.to(tl.int32)
         if WITH_WEIGHTS:
             weights = weigh((values - largest) * scale, min_exponent, INTERPRETED)
-            weight += tl.sum(tl.where(is_kept, weights, 0), axis=0)
-    return count, weight
+            sums += tl.where(is_kept, weights, 0)
+    return tl.sum(counts, axis=0).to(tl.int64), tl.sum(sums, axis=0)
+
+
+@triton.jit
+def lowest_key(source, length):
+    """Return the lowest key of the source's logits."""
+    lanes = tl.arange(0, _WIDTH)
+    lowest = lanes * 0 + _MOST
+    for start in range(0, length, _WIDTH):
+        values = tl.load(source + start + lanes, mask=start + lanes < length, other=float("inf"))
+        lowest = tl.minimum(lowest, order_key(values))
+    return tl.min(lowest, axis=0).to(tl.int64)
 
 
 @triton.jit
@@ -324,7 +337,7 @@ def threshold_kernel(
             source = list_ptr + place * LIST_LEN
         length = tl.where(length >= 0, length, vocab_size).to(tl.int32)
         high = top_key.to(tl.int64)
-        low = high * 0 + _MINUS_INF
+        low = lowest_key(source, length)
         kept_ties = high * 0 + vocab_size
         if top_k > 0:
             low = bisect(

@@ -29,6 +29,12 @@ class ResidentDraws:
         for each in added:
             self._most[each.row] = Draw.of(each.sampling) if _is_plain(each.sampling) else None
 
+    def warm_up(self, vocab_size: int) -> None:
+        """Draw once with every filter, so that what is built at first use is built."""
+        logits = torch.zeros((1, vocab_size), device=self.table.words.device)
+        row = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        self._sample_rows(logits, row, row, self.table.words, Draw.FILTERED)
+
     def most(self, plan_rows: Iterable[PlanRow]) -> Draw | None:
         """Return what the rows that sample ask for; None if one wants more than an id."""
         most = Draw.GREEDY

@@ -13,7 +13,7 @@ import torch
 
 from model.kernels.sample import sample_rows
 from model.rows import Samples
-from model.sampling.edits import SampleRow
+from model.sampling.edits import SampleRow, forbid_by_masks
 from model.sampling.residents import ResidentDraws
 from model.sampling.sampler import choose_by, sample
 from model.sampling.table import Draw, SamplingTable, lines
@@ -162,3 +162,20 @@ def test_residents_are_drawn_from_the_table_unless_they_want_more_than_an_id(dev
     assert draws.sample(logits, samples, plan) is None
     assert draws.most([replace(plan[0], mask_slot=0)]) is None
     assert draws.most([replace(plan[2], sample=False)]) == Draw.GREEDY
+
+
+def test_masks_of_many_rows_are_applied_at_once(device):
+    """What a card does in place of numpy, row by row."""
+    generator = torch.Generator().manual_seed(1)
+    for vocab_size in (31, 64, 100):
+        logits = torch.randn(5, vocab_size, generator=generator).to(device)
+        words = torch.randint(
+            -(2**31), 2**31, (2, -(-vocab_size // 32)), generator=generator, dtype=torch.int64
+        ).to(torch.int32)
+        expected = logits.clone()
+        for row, mask in zip((3, 1), words.tolist(), strict=True):
+            for token_id in range(vocab_size):
+                if not mask[token_id // 32] >> (token_id % 32) & 1:
+                    expected[row, token_id] = -math.inf
+        forbid_by_masks(logits, torch.tensor([3, 1], device=device), words.to(device))
+        assert torch.equal(logits, expected)
