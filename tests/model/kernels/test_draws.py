@@ -71,19 +71,17 @@ def test_ids_equal_those_of_the_reference(vocab_size, device):
         assert kernels(logits, params, positions) == reference(logits, params, positions)
 
 
-def test_a_cut_that_no_short_list_holds(device):
-    """All logits alike, or nearly so: bisection goes over the row."""
+def test_cuts_that_lie_deep(device):
+    """All logits alike, or nearly so: bisection goes over the row. Or a list from the cut on."""
     rng = random.Random(5)
-    logits = torch.zeros(4, 20000)
-    logits[2:] = torch.randn(2, 20000, generator=torch.Generator().manual_seed(3)) * 1e-3
-    params = [
-        SamplingParams(top_p=0.7, seed=rng.getrandbits(64)),
-        SamplingParams(top_k=15000, top_p=0.5, seed=rng.getrandbits(64)),
-        SamplingParams(top_p=0.9, seed=rng.getrandbits(64)),
-        SamplingParams(top_k=12345, seed=rng.getrandbits(64)),
-    ]
+    logits = torch.randn(6, 20000, generator=torch.Generator().manual_seed(3))
+    logits[:2] = 0.0
+    logits[2:4] *= 1e-3
+    filters = [(0, 0.7), (15000, 0.5), (0, 0.9), (12345, 1.0), (0, 0.95), (12345, 1.0)]
+    params = [SamplingParams(top_k=k, top_p=p, seed=rng.getrandbits(64)) for k, p in filters]
+    positions = list(range(len(params)))
     logits = logits.to(device)
-    assert kernels(logits, params, [1, 2, 3, 4]) == reference(logits, params, [1, 2, 3, 4])
+    assert kernels(logits, params, positions) == reference(logits, params, positions)
 
 
 def test_rows_that_ask_for_less_need_fewer_kernels(device):
