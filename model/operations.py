@@ -18,6 +18,7 @@ from model.kv_pool import KVPool
 from model.layers.activation import swiglu
 from model.layers.norm import add_rms_norm
 from model.layers.rotary import RotaryEmbedding
+from model.sampling.logprobs import Score
 from model.sampling.table import SampleRows
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,22 @@ def choose_operations(config: ModelConfig, device: torch.device) -> Operations:
     return triton_operations()
 
 
-def choose_sampling(device: torch.device) -> SampleRows | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingKernels:
+    """What a card samples with; torch's way is in model/sampling."""
+
+    sample_rows: SampleRows
+    score: Score
+
+
+def choose_sampling(device: torch.device) -> SamplingKernels | None:
     """Return the kernels that sample; None where torch does, which `choose_operations` explains."""
     if device.type != "cuda" or _why_not_triton(device):
         return None
     from model.kernels.sample import sample_rows
+    from model.kernels.score import score
 
-    return sample_rows
+    return SamplingKernels(sample_rows=sample_rows, score=score)
 
 
 def _why_too_wide(config: ModelConfig) -> str | None:

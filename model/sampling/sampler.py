@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.sampling.distribution import draw
 from model.sampling.edits import SampleRow, edit_logits
-from model.sampling.logprobs import ChosenLogprobs, chosen_logprobs
+from model.sampling.logprobs import ChosenLogprobs, Score, chosen_logprobs, score_in_torch
 from model.sampling.philox import uniforms
 from model.sampling.ranking import first_max
 from model.sampling.table import Draw, SampleRows, lines
@@ -67,7 +67,12 @@ def choose_by(sample_rows: SampleRows) -> Choose:
     return choose
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow], choose: Choose = choose_in_torch) -> Sampled:
+def sample(
+    logits: Tensor,
+    rows: Sequence[SampleRow],
+    choose: Choose = choose_in_torch,
+    score: Score = score_in_torch,
+) -> Sampled:
     """Choose a token from each row of logits [N, V] float32, which are not modified."""
     edited = [index for index, row in enumerate(rows) if row.edits_logits]
     if not edited:
@@ -82,9 +87,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], choose: Choose = choose_in
                 members = [rows[index] for index in indices]
                 token_ids[where], is_broken[where] = way(logits[where], members)
     token_ids = token_ids.masked_fill(is_broken, 0)
-    return Sampled(
-        token_ids=token_ids, is_broken=is_broken, logprobs=_logprobs(logits, token_ids, rows)
-    )
+    logprobs = _logprobs(logits, token_ids, rows, score)
+    return Sampled(token_ids=token_ids, is_broken=is_broken, logprobs=logprobs)
 
 
 def _edited(choose: Choose) -> Choose:
@@ -100,16 +104,16 @@ def _edited(choose: Choose) -> Choose:
 
 
 def _logprobs(
-    logits: Tensor, token_ids: Tensor, rows: Sequence[SampleRow]
+    logits: Tensor, token_ids: Tensor, rows: Sequence[SampleRow], score: Score
 ) -> ChosenLogprobs | None:
     wanted = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if not wanted:
         return None
     num_top = max(rows[index].sampling.logprobs or 0 for index in wanted)
     if len(wanted) == len(rows):
-        return chosen_logprobs(logits, token_ids, num_top)
+        return chosen_logprobs(logits, token_ids, num_top, score)
     where = upload_ids(wanted, logits.device)
-    some = chosen_logprobs(logits[where], token_ids[where], num_top)
+    some = chosen_logprobs(logits[where], token_ids[where], num_top, score)
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(len(rows), *values.shape[1:]).index_copy_(0, where, values)

@@ -13,7 +13,9 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from model.kernels.sample import sample_rows
+from model.kernels.score import score
 from model.sampling.edits import SampleRow
+from model.sampling.logprobs import chosen_logprobs, score_in_torch
 from model.sampling.sampler import sample
 from model.sampling.table import Draw, SamplingTable
 from model.step import SamplingParams
@@ -108,3 +110,14 @@ def test_nothing_waits_for_the_card():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(ids, logits.argmax(-1))
+
+
+def test_log_probabilities_equal_those_of_torch():
+    logits = draw_logits(12, 5)
+    token_ids = logits.argmax(-1)
+    token_ids[::2] = torch.arange(6, device=DEVICE) * 20000
+    got, expected = (chosen_logprobs(logits, token_ids, 20, way) for way in (score, score_in_torch))
+    assert torch.equal(got.logprobs, expected.logprobs)
+    assert torch.equal(got.ranks, expected.ranks)
+    assert torch.equal(got.top_ids, expected.top_ids)
+    assert torch.equal(got.top_logprobs, expected.top_logprobs)

@@ -17,6 +17,7 @@ from model.attention.triton import TritonAttention
 from model.config import ModelConfig, RopeConfig
 from model.kernels import activation, fp8, norm
 from model.kernels.sample import sample_rows
+from model.kernels.score import score
 from model.kv_pool import KVPool
 from model.layers.rotary import RotaryEmbedding
 from model.network import StepInputs
@@ -107,6 +108,7 @@ def sampling(vocab_size: int) -> Callable[[], None]:
         zeros = torch.zeros(2, dtype=torch.int64)
         table = SamplingTable(2, CPU).words
         sample_rows(torch.zeros(2, vocab_size), zeros, zeros, table, Draw.FILTERED)
+        score(torch.zeros(2, vocab_size), zeros)
 
     return step
 

@@ -24,6 +24,7 @@ KERNELS = {
     "pick_kernel",
     "quantize_kernel",
     "rope_write_kernel",
+    "score_kernel",
     "silu_mul_fp8_kernel",
     "silu_mul_kernel",
     "sums_kernel",

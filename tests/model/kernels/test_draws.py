@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from model.kernels.sample import sample_rows
+from model.kernels.score import score
 from model.rows import Samples
 from model.sampling.edits import SampleRow, forbid_by_masks
+from model.sampling.logprobs import chosen_logprobs
 from model.sampling.residents import ResidentDraws
 from model.sampling.sampler import choose_by, sample
 from model.sampling.table import Draw, SamplingTable, lines
@@ -133,10 +135,13 @@ def test_edited_rows_and_log_probabilities_go_together_with_the_kernels(device):
             s = replace(s, repetition_penalty=1.5, logit_bias=((7, 4.0),), logprobs=3)
         rows.append(SampleRow(sampling=s, position=4, num_prompt_tokens=2, token_log=log))
     expected = sample(logits, rows)
-    got = sample(logits, rows, choose_by(sample_rows))
+    got = sample(logits, rows, choose_by(sample_rows), score)
     assert torch.equal(got.token_ids, expected.token_ids)
     assert torch.equal(got.is_broken, expected.is_broken)
-    assert torch.equal(got.logprobs.logprobs, expected.logprobs.logprobs)
+    assert torch.equal(got.logprobs.ranks, expected.logprobs.ranks)
+    assert torch.equal(got.logprobs.top_ids, expected.logprobs.top_ids)
+    torch.testing.assert_close(got.logprobs.logprobs, expected.logprobs.logprobs)
+    torch.testing.assert_close(got.logprobs.top_logprobs, expected.logprobs.top_logprobs)
 
 
 def test_residents_are_drawn_from_the_table_unless_they_want_more_than_an_id(device):
@@ -177,3 +182,22 @@ def test_masks_of_many_rows_are_applied_at_once(device):
                     expected[row, token_id] = -math.inf
         forbid_by_masks(logits, torch.tensor([3, 1], device=device), words.to(device))
         assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("vocab_size", [33, 5000])
+def test_log_probabilities_equal_those_of_torch(vocab_size, device):
+    rng = random.Random(vocab_size)
+    logits = draw_logits(rng, 6, vocab_size)
+    logits[0, 3], logits[1, 4] = math.nan, math.inf
+    logits = logits.to(device)
+    token_ids = torch.tensor([rng.randrange(vocab_size) for _ in range(6)], device=device)
+    got = chosen_logprobs(logits, token_ids, 5, score)
+    expected = chosen_logprobs(logits, token_ids, 5)
+    assert torch.equal(got.ranks[1:], expected.ranks[1:])
+    # The sum's logarithm, by the difference of two `exp` at most.
+    for mine, theirs in (
+        (got.logprobs, expected.logprobs),
+        (got.top_logprobs, expected.top_logprobs),
+    ):
+        assert torch.equal(mine[:2].isnan(), theirs[:2].isnan())
+        torch.testing.assert_close(mine[2:], theirs[2:], rtol=1e-6, atol=1e-6)
