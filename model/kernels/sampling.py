@@ -33,6 +33,8 @@ from model.kernels.weights import (
 
 CHUNK = tl.constexpr(4096)
 LEVELS = tl.constexpr(16)
+# A product, which is rounded alike when it is computed by the compiler; division need not be.
+_LEVEL_SHARE = tl.constexpr(1.0 / 15.0)
 DEEPEST = tl.constexpr(-25.0)  # exp(-25) is less than one unit
 LIST_LEN = tl.constexpr(8192)
 _COUNT_SHIFT = tl.constexpr(48)  # 4096 weights of at most 2^35 stay below 2^48
@@ -81,7 +83,7 @@ def is_finite_key(key):
 @triton.jit
 def level(high, low, index):
     """Return the level(s) between two, both included, exact at either end."""
-    step = (low - high) / (LEVELS - 1)
+    step = (low - high) * _LEVEL_SHARE
     between = high + step * index.to(tl.float32)
     return tl.where(index == 0, high, tl.where(index == LEVELS - 1, low, between))
 
