@@ -268,6 +268,16 @@ def measure(
 
 
 @triton.jit
+def measure_cut(source, length, key, largest, scale, min_exponent, INTERPRETED: tl.constexpr):
+    """Return how many logits are above a key, their weight, and the weight of one at it."""
+    above, weight = measure(
+        source, length, key + 1, largest, scale, min_exponent, True, INTERPRETED
+    )
+    count, total = measure(source, length, key, largest, scale, min_exponent, True, INTERPRETED)
+    return above, weight, (total - weight) // tl.maximum(count - above, 1)
+
+
+@triton.jit
 def lowest_key(source, length):
     """Return the lowest key of the source's logits."""
     lanes = tl.arange(0, _WIDTH)
@@ -354,14 +364,10 @@ def threshold_kernel(
                 False,
                 INTERPRETED,
             )
-            count, weight = measure(
-                source, length, low + 1, largest, scale, min_exponent, True, INTERPRETED
-            )
-            count_too, weight_too = measure(
-                source, length, low, largest, scale, min_exponent, True, INTERPRETED
+            count, weight, tie_weight = measure_cut(
+                source, length, low, largest, scale, min_exponent, INTERPRETED
             )
             kept_ties = top_k - base_count - count
-            tie_weight = (weight_too - weight) // tl.maximum(count_too - count, 1)
             target = weight_to_reach(weight + kept_ties * tie_weight, top_p)
         if (top_k <= 0) | (top_p < 1.0):
             low = bisect(
@@ -376,13 +382,9 @@ def threshold_kernel(
                 True,
                 INTERPRETED,
             )
-        count, weight = measure(
-            source, length, low + 1, largest, scale, min_exponent, True, INTERPRETED
+        count, weight, tie_weight = measure_cut(
+            source, length, low, largest, scale, min_exponent, INTERPRETED
         )
-        count_too, weight_too = measure(
-            source, length, low, largest, scale, min_exponent, True, INTERPRETED
-        )
-        tie_weight = (weight_too - weight) // tl.maximum(count_too - count, 1)
         if (top_k <= 0) | (top_p < 1.0):
             missing = target - base_weight - weight
             one = tl.maximum(tie_weight, 1)
