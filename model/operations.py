@@ -18,6 +18,8 @@ from model.kv_pool import KVPool
 from model.layers.activation import swiglu
 from model.layers.norm import add_rms_norm
 from model.layers.rotary import RotaryEmbedding
+from model.sampling.logprobs import Score
+from model.sampling.table import SampleRows
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +55,44 @@ def choose_operations(config: ModelConfig, device: torch.device) -> Operations:
     """Take Triton where it runs, else torch; say in the log why not."""
     if device.type != "cuda":
         return TORCH
-    reason = _why_not_triton(config, device)
+    reason = _why_not_triton(device) or _why_too_wide(config)
     if reason:
         logger.warning("attention and norms run in torch, which is slower: %s", reason)
         return TORCH
     return triton_operations()
 
 
-def _why_not_triton(config: ModelConfig, device: torch.device) -> str | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingKernels:
+    """What a card samples with; torch's way is in model/sampling."""
+
+    sample_rows: SampleRows
+    score: Score
+
+
+def choose_sampling(device: torch.device) -> SamplingKernels | None:
+    """Return the kernels that sample; None where torch does, which `choose_operations` explains."""
+    if device.type != "cuda" or _why_not_triton(device):
+        return None
+    from model.kernels.sample import sample_rows
+    from model.kernels.score import score
+
+    return SamplingKernels(sample_rows=sample_rows, score=score)
+
+
+def _why_too_wide(config: ModelConfig) -> str | None:
+    if config.head_dim > TRITON_HEAD_DIM:
+        return f"heads of {config.head_dim} are wider than {TRITON_HEAD_DIM}"
+    return None
+
+
+def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.index:
         return "Triton launches on the first card: choose with CUDA_VISIBLE_DEVICES, not --device"
     if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
         return "the card is older than compute capability 8.0"
-    if config.head_dim > TRITON_HEAD_DIM:
-        return f"heads of {config.head_dim} are wider than {TRITON_HEAD_DIM}"
     from model.kernels.launch import why_not_working
 
     return why_not_working(device)

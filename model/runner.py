@@ -15,10 +15,18 @@ from torch import Tensor
 from model.decode import DecodeBatch, is_decode
 from model.graphs import GraphRecorder
 from model.network import Network
+from model.operations import choose_sampling
 from model.rows import Rows, Samples
 from model.sampling.edits import SampleRow
-from model.sampling.logprobs import ChosenLogprobs, chosen_logprobs, to_token_logprobs
-from model.sampling.sampler import Sampled, sample
+from model.sampling.logprobs import (
+    ChosenLogprobs,
+    Score,
+    chosen_logprobs,
+    score_in_torch,
+    to_token_logprobs,
+)
+from model.sampling.residents import ResidentDraws
+from model.sampling.sampler import Choose, Sampled, choose_by, choose_in_torch, sample
 from model.step import (
     FillMasks,
     PlanRow,
@@ -71,6 +79,12 @@ class ModelRunner:
         self._limits = limits
         self._device = device
         self._rows = Rows(limits, device)
+        self._draws: ResidentDraws | None = None
+        self._choose: Choose = choose_in_torch
+        self._score: Score = score_in_torch
+        if kernels := choose_sampling(device):
+            self._draws = ResidentDraws(limits.max_num_seqs, device, kernels.sample_rows)
+            self._choose, self._score = choose_by(kernels.sample_rows), kernels.score
         self._decode: DecodeBatch | None = None
         if decodes_on_device:
             self._decode = DecodeBatch(network, self._rows, limits, device, recorder)
@@ -84,6 +98,10 @@ class ModelRunner:
         """Have built whatever the device builds at first use."""
         if self._decode is not None:
             self._decode.warm_up()
+        if self._draws is not None:
+            self._draws.warm_up(self._limits.vocab_size)
+            one = torch.zeros(1, dtype=torch.int64, device=self._device)
+            self._score(torch.zeros(1, self._limits.vocab_size, device=self._device), one)
 
     @torch.inference_mode()
     def capture_all(self) -> int:
@@ -101,6 +119,8 @@ class ModelRunner:
             self._rows.remove(row)
         for new_row in plan.added:
             self._rows.add(new_row)
+        if self._draws is not None:
+            self._draws.add(plan.added)
         sampling = [self._rows[plan_row.row].sampling for plan_row in plan.rows]
         handle = _Launched(plan=plan, sampling=sampling, is_decode=is_decode(plan.rows))
         if not plan.rows:
@@ -177,7 +197,11 @@ class ModelRunner:
             padding = -num_samples % self._network.row_tile
             hidden = hidden[torch.nn.functional.pad(tokens, (0, padding))]
         logits = self._network.compute_logits(hidden)[:num_samples]
-        sampled = sample(logits, self._sample_rows(plan, masks))
+        sampled = None
+        if self._draws is not None:
+            sampled = self._draws.sample(logits, samples, plan.rows)
+        if sampled is None:
+            sampled = sample(logits, self._sample_rows(plan, masks), self._choose, self._score)
         self._rows.append(samples, sampled.token_ids)
         return sampled.download()
 
@@ -222,7 +246,7 @@ class ModelRunner:
             offset = first_token - plan_row.start
             logits = self._logits(hidden, range(start + offset, stop + offset))
             token_ids = self._rows.token_log[plan_row.row, start + 1 : stop + 1].to(torch.int64)
-            chosen = chosen_logprobs(logits, token_ids, num_top)
+            chosen = chosen_logprobs(logits, token_ids, num_top, self._score)
             scored.append((download(token_ids), chosen.download()))
         return scored
 

@@ -63,18 +63,34 @@ def edit_logits(logits: Tensor, rows: Sequence[SampleRow]) -> None:
 
 def _apply_constraints(logits: Tensor, rows: Sequence[SampleRow]) -> None:
     vocab_size = logits.shape[1]
+    indices: list[int] = []
+    masks: list[Tensor] = []
     for index, row in enumerate(rows):
-        if row.mask is None:
-            continue
-        if logits.device.type == "cpu":  # several times as fast as what torch has for it
-            forbidden = np.unpackbits(
-                (~row.mask).numpy().view(np.uint8), count=vocab_size, bitorder="little"
-            )
-            np.copyto(logits[index].numpy(), _FORBIDDEN, where=forbidden.view(np.bool_))
-        else:
-            bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-            allowed = ((row.mask[:, None] >> bits) & 1).view(-1)[:vocab_size]
-            logits[index].masked_fill_(allowed == 0, _FORBIDDEN)
+        if row.mask is not None:
+            indices.append(index)
+            masks.append(row.mask)
+    if not masks:
+        return
+    if logits.device.type != "cpu":
+        forbid_by_masks(logits, upload_ids(indices, logits.device), torch.stack(masks))
+        return
+    for index, mask in zip(indices, masks, strict=True):  # several times as fast on a CPU
+        forbidden = np.unpackbits(
+            (~mask).numpy().view(np.uint8), count=vocab_size, bitorder="little"
+        )
+        np.copyto(logits[index].numpy(), _FORBIDDEN, where=forbidden.view(np.bool_))
+
+
+def forbid_by_masks(logits: Tensor, where: Tensor, masks: Tensor) -> None:
+    """Apply packed masks [M, words] to the rows `where` [M] of logits, in as few launches for all.
+
+    Bit by bit in bytes: an eighth of the memory that int64 would take.
+    """
+    bits = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
+    is_allowed = (masks.view(torch.uint8)[:, :, None] & bits).view(len(masks), -1)
+    edited = logits.index_select(0, where)
+    edited.masked_fill_(is_allowed[:, : logits.shape[1]] == 0, _FORBIDDEN)
+    logits.index_copy_(0, where, edited)
 
 
 def _keep_allowed(logits: Tensor, rows: Sequence[SampleRow]) -> None:

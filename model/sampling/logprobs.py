@@ -4,6 +4,7 @@ Knows nothing of how the tokens were chosen. Serves sampled tokens and prompts a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,24 @@ class ChosenLogprobs:
         )
 
 
-def chosen_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLogprobs:
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Logits and ids -> largest logits [N, 1], weight of all ids [N, 1], number of ids before [N]."""
+
+
+def score_in_torch(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `Score` says of logits [N, V] and chosen ids [N]."""
+    largest = logits.amax(-1, keepdim=True)
+    _, weights = weigh(logits, largest, 1.0)
+    columns = token_ids[:, None]
+    chosen = logits.gather(1, columns)
+    is_lower_id = torch.arange(logits.shape[1], device=logits.device) < columns
+    is_before = (logits > chosen) | ((logits == chosen) & is_lower_id)
+    return largest, weights.sum(-1, keepdim=True), torch.count_nonzero(is_before, dim=-1)
+
+
+def chosen_logprobs(
+    logits: Tensor, token_ids: Tensor, num_top: int, score: Score = score_in_torch
+) -> ChosenLogprobs:
     """Report the tokens [N] chosen from logits [N, V], with `num_top` alternatives (at most V).
 
     The logarithm of the softmax in float32. The rank counts greater logits, and equal ones of
@@ -43,7 +61,7 @@ def chosen_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLo
     num_top = min(num_top, logits.shape[1])
     num_rows = tile_len(logits)
     tiles = [
-        _report(logits[i : i + num_rows], token_ids[i : i + num_rows, None], num_top)
+        _report(logits[i : i + num_rows], token_ids[i : i + num_rows], num_top, score)
         for i in range(0, max(1, len(token_ids)), num_rows)
     ]
     return ChosenLogprobs(
@@ -67,21 +85,17 @@ def to_token_logprobs(
     )
 
 
-def _report(logits: Tensor, token_ids: Tensor, num_top: int) -> ChosenLogprobs:
-    largest = logits.amax(-1, keepdim=True)
-    _, weights = weigh(logits, largest, 1.0)
-    log_total = weights.sum(-1, keepdim=True).double().log() - WEIGHT_BITS * math.log(2)
+def _report(logits: Tensor, token_ids: Tensor, num_top: int, score: Score) -> ChosenLogprobs:
+    largest, total, num_before = score(logits, token_ids)
+    log_total = total.double().log() - WEIGHT_BITS * math.log(2)
 
-    def logprobs(values: Tensor) -> Tensor:
-        return ((values - largest).double() - log_total).float()
+    def logprobs(ids: Tensor) -> Tensor:
+        return ((logits.gather(1, ids) - largest).double() - log_total).float()
 
-    chosen = logits.gather(1, token_ids)
-    is_lower_id = torch.arange(logits.shape[1], device=logits.device) < token_ids
-    is_before = (logits > chosen) | ((logits == chosen) & is_lower_id)
-    top_ids = best(logits, num_top) if num_top else token_ids[:, :0]
+    top_ids = best(logits, num_top) if num_top else token_ids.new_empty(len(logits), 0)
     return ChosenLogprobs(
-        logprobs=logprobs(chosen)[:, 0],
-        ranks=1 + torch.count_nonzero(is_before, dim=-1),
+        logprobs=logprobs(token_ids[:, None])[:, 0],
+        ranks=1 + num_before,
         top_ids=top_ids,
-        top_logprobs=logprobs(logits.gather(1, top_ids)),
+        top_logprobs=logprobs(top_ids),
     )

@@ -16,9 +16,12 @@ from triton.runtime import JITFunction, driver
 from model.attention.triton import TritonAttention
 from model.config import ModelConfig, RopeConfig
 from model.kernels import activation, fp8, norm
+from model.kernels.sample import sample_rows
+from model.kernels.score import score
 from model.kv_pool import KVPool
 from model.layers.rotary import RotaryEmbedding
 from model.network import StepInputs
+from model.sampling.table import Draw, SamplingTable
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
@@ -98,6 +101,18 @@ def elementwise(size: int, dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
+def sampling(vocab_size: int) -> Callable[[], None]:
+    """From logits to ids, with every filter."""
+
+    def step() -> None:
+        zeros = torch.zeros(2, dtype=torch.int64)
+        table = SamplingTable(2, CPU).words
+        sample_rows(torch.zeros(2, vocab_size), zeros, zeros, table, Draw.FILTERED)
+        score(torch.zeros(2, vocab_size), zeros)
+
+    return step
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STEPS = {
     "1B": attention((32, 8, 64), BF16, BF16),
@@ -111,6 +126,8 @@ STEPS = {
     "float32": attention((4, 2, 64), FP32, FP32),
     "float32, heads of 256": attention((4, 2, 256), FP32, FP32),
     "float32, invariant, heads of 256": attention((4, 2, 256), FP32, FP32, is_invariant=True),
+    "sampling of 128256": sampling(128256),
+    "sampling of 32000": sampling(32000),
     "hidden 576": elementwise(576, BF16),
     "hidden 4096": elementwise(4096, BF16),
     "hidden 28672": elementwise(28672, FP16),

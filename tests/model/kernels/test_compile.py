@@ -14,17 +14,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = {
     "add_rms_norm_kernel",
+    "collect_kernel",
     "count_splits_kernel",
+    "levels_kernel",
+    "maxima_kernel",
     "merge_splits_kernel",
     "paged_decode_kernel",
     "paged_prefill_kernel",
+    "pick_kernel",
     "quantize_kernel",
     "rope_write_kernel",
+    "score_kernel",
     "silu_mul_fp8_kernel",
     "silu_mul_kernel",
+    "sums_kernel",
+    "threshold_kernel",
 }
 SMALLEST_SHARED_BYTES = 99 * 1024  # of a block, of all cards of capability 8.0 and up
-ESSENTIAL = ["8B", "8B, fp8 K/V", "hidden 4096"]
+ESSENTIAL = ["8B", "8B, fp8 K/V", "hidden 4096", "sampling of 128256"]
 ON_HOPPER = [*ESSENTIAL, "8B, invariant", "heads of 256"]
 
 
