@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 KERNELS = {
     "add_rms_norm_kernel",
     "count_splits_kernel",
+    "matmul_kernel",
     "merge_splits_kernel",
     "paged_decode_kernel",
     "paged_prefill_kernel",
@@ -24,7 +25,7 @@ KERNELS = {
     "silu_mul_kernel",
 }
 SMALLEST_SHARED_BYTES = 99 * 1024  # of a block, of all cards of capability 8.0 and up
-ESSENTIAL = ["8B", "8B, fp8 K/V", "hidden 4096"]
+ESSENTIAL = ["8B", "8B, fp8 K/V", "hidden 4096", "invariant product"]
 ON_HOPPER = [*ESSENTIAL, "8B, invariant", "heads of 256"]
 
 
