@@ -15,7 +15,7 @@ from triton.runtime import JITFunction, driver
 
 from model.attention.triton import TritonAttention
 from model.config import ModelConfig, RopeConfig
-from model.kernels import activation, fp8, norm
+from model.kernels import activation, fp8, matmul, norm
 from model.kernels.sample import sample_rows
 from model.kernels.score import score
 from model.kv_pool import KVPool
@@ -113,6 +113,18 @@ def sampling(vocab_size: int) -> Callable[[], None]:
     return step
 
 
+def product(num_outputs: int, size: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The product of fixed tiles, with and without a bias."""
+
+    def step() -> None:
+        x = torch.zeros(3, size, dtype=dtype)
+        weight = torch.zeros(num_outputs, size, dtype=dtype)
+        matmul.invariant_linear(x, weight)
+        matmul.invariant_linear(x, weight, torch.zeros(num_outputs, dtype=dtype))
+
+    return step
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STEPS = {
     "1B": attention((32, 8, 64), BF16, BF16),
@@ -128,6 +140,8 @@ STEPS = {
     "float32, invariant, heads of 256": attention((4, 2, 256), FP32, FP32, is_invariant=True),
     "sampling of 128256": sampling(128256),
     "sampling of 32000": sampling(32000),
+    "invariant product": product(6144, 4096, BF16),
+    "invariant product, float32": product(576, 576, FP32),
     "hidden 576": elementwise(576, BF16),
     "hidden 4096": elementwise(4096, BF16),
     "hidden 28672": elementwise(28672, FP16),

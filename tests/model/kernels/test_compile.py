@@ -17,6 +17,7 @@ KERNELS = {
     "collect_kernel",
     "count_splits_kernel",
     "levels_kernel",
+    "matmul_kernel",
     "maxima_kernel",
     "merge_splits_kernel",
     "paged_decode_kernel",
@@ -31,7 +32,7 @@ KERNELS = {
     "threshold_kernel",
 }
 SMALLEST_SHARED_BYTES = 99 * 1024  # of a block, of all cards of capability 8.0 and up
-ESSENTIAL = ["8B", "8B, fp8 K/V", "hidden 4096", "sampling of 128256"]
+ESSENTIAL = ["8B", "8B, fp8 K/V", "hidden 4096", "sampling of 128256", "invariant product"]
 ON_HOPPER = [*ESSENTIAL, "8B, invariant", "heads of 256"]
 
 
