@@ -1,23 +1,28 @@
-"""Which decode steps are replayed from a graph, and when each graph is captured.
+"""Which parts of decode steps are replayed from graphs, and when each graph is captured.
 
-A graph is a step's launches, recorded once and replayed in one call. Serving never waits for
-graphs: a size that has none runs launch by launch, and graphs are captured between steps. The
-first is the largest, since all share one pool of memory and the others then fit into what it has
-taken; then what the batch needs now; then the rest. Capturing takes at most a fifth of the time.
+A graph is launches recorded once and replayed in one call. A step has two parts, the forward pass
+and the draw of ids, so that the long one is captured once a size and not once for each way to
+draw. Serving never waits for graphs: a part that has none runs launch by launch, and graphs are
+captured between steps. The first is the largest forward pass, since all share one pool of memory
+and the others then fit into what it has taken; then what the batch needs now; then the rest of
+what was ever needed. Capturing takes at most a fifth of the time.
 
-Knows neither what a step computes nor, but for `CudaGraphRecorder`, any device.
+Knows neither what a part computes nor, but for `CudaGraphRecorder`, any device.
 """
 
 import logging
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+Part = Hashable
+"""The name of a part of a step."""
 
 Replay = Callable[[], None]
 CAPTURE_SHARE = 0.2  # of the time, at most
@@ -66,25 +71,27 @@ def decode_sizes(max_num_seqs: int, row_tile: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Graphs of steps of some sizes; `recorder` None means that there will be none.
+    """Graphs of the parts of steps of some sizes; `recorder` None means that there will be none.
 
-    `run(size)` launches a step, `clear()` makes one that may be run at any time, for nothing.
+    `launch(part, size)` launches a part; after `clear()` any may be launched at any time, for
+    nothing.
     """
 
     def __init__(
         self,
-        run: Callable[[int], None],
+        launch: Callable[[Part, int], None],
         clear: Callable[[], None],
         sizes: list[int],
         recorder: GraphRecorder | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run = run
+        self._launch = launch
         self._clear = clear
         self._sizes = sizes
         self._recorder = recorder
         self._clock = clock
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[tuple[Part, int], Replay] = {}
+        self._seen: list[Part] = []  # parts that were ever needed, in that order
         self._not_before_s = 0.0
         self._spent_s = 0.0
 
@@ -96,47 +103,52 @@ class DecodeGraphs:
         """Return the smallest size for so many rows."""
         return self._sizes[bisect_left(self._sizes, num_rows)]
 
-    def run(self, size: int) -> None:
-        """Launch a step, from its graph if there is one."""
-        replay = self._replays.get(size)
+    def run(self, part: Part, size: int) -> None:
+        """Launch a part, from its graph if there is one."""
+        replay = self._replays.get((part, size))
         if replay is None:
-            self._run(size)
+            self._launch(part, size)
         else:
             replay()
 
-    def capture_next(self, num_rows: int) -> None:
-        """Capture one more graph, unless all are there or the last one was just now."""
+    def capture_next(self, num_rows: int, parts: Sequence[Part]) -> None:
+        """Capture one more graph, unless all are there or the last one was just now.
+
+        `num_rows` and `parts` are what steps are made of now, the longest part first.
+        """
         if self._recorder is None or self._clock() < self._not_before_s:
             return
-        size = self._next_size(num_rows)
+        self._seen += [part for part in parts if part not in self._seen]
+        key = self._next(self.padded(num_rows), parts)
+        if key is None:
+            return
+        part, size = key
         started_s = self._clock()
         self._clear()
         try:
-            self._replays[size] = self._recorder.capture(lambda: self._run(size))
+            self._replays[key] = self._recorder.capture(lambda: self._launch(part, size))
         except RuntimeError as error:
-            logger.warning(
-                "no graph of %d sequences, nor of sizes that have none yet: %s", size, error
-            )
+            logger.warning("no graph of %d sequences, nor of what has none yet: %s", size, error)
             self._recorder = None
             return
         ended_s = self._clock()
         self._spent_s += ended_s - started_s
         self._not_before_s = ended_s + (ended_s - started_s) * (1 / CAPTURE_SHARE - 1)
-        if len(self._replays) == len(self._sizes):
+        if len(self._replays) == len(self._seen) * len(self._sizes):
             logger.info("%d graphs captured in %.1f s", len(self._replays), self._spent_s)
-            self._recorder = None
 
     def capture_all(self) -> None:
-        """Capture all that are missing at once, whoever waits."""
-        while self._recorder is not None:
+        """Capture all that are missing of the parts seen, at once, whoever waits."""
+        num_captured = -1
+        while num_captured < self.num_captured:
+            num_captured = self.num_captured
             self._not_before_s = -math.inf
-            self.capture_next(1)
+            self.capture_next(self._sizes[-1], ())
 
-    def _next_size(self, num_rows: int) -> int:
-        """Return the largest first, then the one that is wanted now, then the largest missing."""
-        if not self._replays:
-            return self._sizes[-1]
-        wanted = self.padded(num_rows)
-        if wanted not in self._replays:
-            return wanted
-        return max(size for size in self._sizes if size not in self._replays)
+    def _next(self, wanted: int, parts: Sequence[Part]) -> tuple[Part, int] | None:
+        """Return what to capture next, None if nothing is missing."""
+        if not self._replays and parts:
+            return parts[0], self._sizes[-1]
+        needed = [(part, wanted) for part in parts]
+        rest = [(part, size) for part in self._seen for size in reversed(self._sizes)]
+        return next((key for key in (*needed, *rest) if key not in self._replays), None)

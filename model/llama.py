@@ -72,8 +72,9 @@ class LlamaNetwork:
         )
         self.compute_logits(self.forward(inputs))
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden).to(torch.float32)
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        logits = self._head(hidden)
+        return logits.to(torch.float32) if out is None else out.copy_(logits)
 
 
 class Block:

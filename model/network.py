@@ -40,6 +40,6 @@ class Network(Protocol):
         """Write the step's K/V, return the last hidden states [T, hidden size]."""
         ...
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [N, V] of some rows of hidden states."""
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return float32 logits [N, V] of some rows of hidden states, in `out` if that is given."""
         ...

@@ -27,6 +27,7 @@ from model.sampling.logprobs import (
 )
 from model.sampling.residents import ResidentDraws
 from model.sampling.sampler import Choose, Sampled, choose_by, choose_in_torch, sample
+from model.sampling.table import Draw
 from model.step import (
     FillMasks,
     PlanRow,
@@ -87,7 +88,7 @@ class ModelRunner:
             self._choose, self._score = choose_by(kernels.sample_rows), kernels.score
         self._decode: DecodeBatch | None = None
         if decodes_on_device:
-            self._decode = DecodeBatch(network, self._rows, limits, device, recorder)
+            self._decode = DecodeBatch(network, self._rows, self._draws, limits, device, recorder)
 
     @property
     def limits(self) -> RunnerLimits:
@@ -105,7 +106,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_all(self) -> int:
-        """Capture all graphs that are missing, now, for measurements; return how many there are."""
+        """Capture all graphs that are missing of what has been run; return how many there are."""
         if self._decode is None:
             return 0
         self._decode.capture_all()
@@ -129,20 +130,19 @@ class ModelRunner:
         for plan_row in plan.rows:
             if plan_row.new_block_ids or plan_row.draft_token_ids:
                 self._rows.extend(plan_row)
+        most = None if self._draws is None else self._draws.most(plan.rows)
         decode = self._decode if handle.is_decode else None
-        samples: Samples | None
         if decode is not None:
-            hidden, samples = decode.run(plan.rows)
+            sampled: Sampled | None = self._run_decode(decode, plan, most, fill_masks)
         else:
-            hidden, samples = self._forward(handle)
-        masks = self._fill(plan, fill_masks)
-        if samples is not None:
-            handle.sampled = self._sample(plan, hidden, samples, masks)
+            sampled = self._run_any(handle, most, fill_masks)
+        if sampled is not None:
+            handle.sampled = sampled.download()
         if self._device.type == "cuda":
             handle.is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             handle.is_done.record()
         if decode is not None:
-            decode.capture_next(len(plan.rows))
+            decode.capture_next(len(plan.rows), most)
         return handle
 
     def collect(self, handle: StepHandle) -> StepResult:
@@ -166,17 +166,38 @@ class ModelRunner:
             yield outcome.row_result(plan_row, place, num_top, scored)
             place += num_sampled
 
-    def _forward(self, handle: _Launched) -> tuple[Tensor, Samples | None]:
+    def _run_decode(
+        self, decode: DecodeBatch, plan: StepPlan, most: Draw | None, fill_masks: FillMasks
+    ) -> Sampled:
+        """Run a step in which everybody decodes, most of it by itself."""
+        decode.forward(plan.rows)
+        masks = self._fill(plan, fill_masks)
+        if most is not None:
+            return decode.draw(len(plan.rows), most)
+        logits, samples = decode.logits(len(plan.rows))
+        return self._sample(plan, logits, samples, masks, most)
+
+    def _run_any(
+        self, handle: _Launched, most: Draw | None, fill_masks: FillMasks
+    ) -> Sampled | None:
         """Gather any step and run it; score the prompts that ask for it."""
-        plan_rows = handle.plan.rows
-        step = self._rows.gather(plan_rows, self._network.row_tile)
+        plan = handle.plan
+        step = self._rows.gather(plan.rows, self._network.row_tile)
         hidden = self._network.forward(step.inputs)
         for index, sampling in enumerate(handle.sampling):
             if sampling.prompt_logprobs is not None:
                 first_token = step.inputs.query_starts[index]
-                if scored := self._score_prompt(plan_rows[index], hidden, first_token):
+                if scored := self._score_prompt(plan.rows[index], hidden, first_token):
                     handle.scored[index] = scored
-        return hidden, step.samples
+        masks = self._fill(plan, fill_masks)
+        samples = step.samples
+        if samples is None:
+            return None
+        if samples.tokens is not None:
+            padding = -len(samples.tokens) % self._network.row_tile
+            hidden = hidden[torch.nn.functional.pad(samples.tokens, (0, padding))]
+        logits = self._network.compute_logits(hidden)[: len(samples.rows)]
+        return self._sample(plan, logits, samples, masks, most)
 
     def _fill(self, plan: StepPlan, fill_masks: FillMasks) -> Tensor | None:
         """Have the constraints write their masks; return them [slots, words] on the device."""
@@ -188,22 +209,21 @@ class ModelRunner:
         return send(masks, self._device)
 
     def _sample(
-        self, plan: StepPlan, hidden: Tensor, samples: Samples, masks: Tensor | None
+        self,
+        plan: StepPlan,
+        logits: Tensor,
+        samples: Samples,
+        masks: Tensor | None,
+        most: Draw | None,
     ) -> Sampled:
         """Sample the rows that ask for it and append the tokens to their logs."""
-        num_samples = len(samples.rows)
-        tokens = samples.tokens
-        if tokens is not None:
-            padding = -num_samples % self._network.row_tile
-            hidden = hidden[torch.nn.functional.pad(tokens, (0, padding))]
-        logits = self._network.compute_logits(hidden)[:num_samples]
-        sampled = None
-        if self._draws is not None:
-            sampled = self._draws.sample(logits, samples, plan.rows)
-        if sampled is None:
+        if self._draws is not None and most is not None:
+            drawn = self._draws.draw(logits, samples.rows, samples.positions, most)
+            sampled = Sampled(token_ids=drawn[0], is_broken=drawn[1], logprobs=None)
+        else:
             sampled = sample(logits, self._sample_rows(plan, masks), self._choose, self._score)
         self._rows.append(samples, sampled.token_ids)
-        return sampled.download()
+        return sampled
 
     def _sample_rows(self, plan: StepPlan, masks: Tensor | None) -> list[SampleRow]:
         """Say of each place that is sampled whose it is, in the order of `Samples`."""

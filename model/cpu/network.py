@@ -145,8 +145,8 @@ class NativeNetwork:
         self._engine.forward(step, hidden)
         return hidden
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        logits = torch.empty(hidden.shape[0], self._config.vocab_size)
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        logits = torch.empty(hidden.shape[0], self._config.vocab_size) if out is None else out
         for start in range(0, hidden.shape[0], self._max_tokens):
             stop = start + self._max_tokens
             self._engine.logits(hidden[start:stop].contiguous(), logits[start:stop])

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from model.rows import Samples
-from model.sampling.sampler import Sampled
 from model.sampling.table import Draw, SampleRows, SamplingTable
 from model.step import NewRow, PlanRow, SamplingParams
 
 
 class ResidentDraws:
-    """The table of a runner's rows, and the draws that read it."""
+    """The table of a runner's rows, and the draws that read it.
+
+    `sample_rows` waits for nothing and can be captured into a graph.
+    """
 
     def __init__(self, num_rows: int, device: torch.device, sample_rows: SampleRows) -> None:
         self.table = SamplingTable(num_rows, device)
@@ -47,17 +48,11 @@ class ResidentDraws:
             most = max(most, own)
         return most
 
-    def sample(
-        self, logits: Tensor, samples: Samples, plan_rows: Iterable[PlanRow]
-    ) -> Sampled | None:
-        """Draw from logits [N, V], or return None if a row wants more than an id."""
-        most = self.most(plan_rows)
-        if most is None:
-            return None
-        token_ids, is_broken = self._sample_rows(
-            logits, samples.rows, samples.positions, self.table.words, most
-        )
-        return Sampled(token_ids=token_ids, is_broken=is_broken, logprobs=None)
+    def draw(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, most: Draw
+    ) -> tuple[Tensor, Tensor]:
+        """Draw an id from each of logits [N, V]; return ids and who is broken, both [N]."""
+        return self._sample_rows(logits, rows, positions, self.table.words, most)
 
 
 def _is_plain(s: SamplingParams) -> bool:

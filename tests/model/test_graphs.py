@@ -1,4 +1,4 @@
-"""Which decode steps are captured, and when: over a recorder that repeats Python calls."""
+"""Which parts of decode steps are captured, and when: over a recorder that repeats Python calls."""
 
 import itertools
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from model.graphs import CAPTURE_SHARE, DecodeGraphs, Replay, decode_sizes
+from model.graphs import CAPTURE_SHARE, DecodeGraphs, Part, Replay, decode_sizes
 
 CAPTURE_S = 2.0
 
@@ -23,34 +23,40 @@ class Recorder:
             raise RuntimeError("out of memory")
         self._num_left -= 1
         run()
-        size = self._bench.launched[-1]
+        launched = self._bench.launched[-1]
         self._bench.now_s += CAPTURE_S
-        return lambda: self._bench.replayed.append(size)
+        return lambda: self._bench.replayed.append(launched)
 
 
 class Bench:
-    """Graphs over steps that note their size."""
+    """Graphs over steps whose parts note what they are and their size."""
 
     def __init__(self, sizes: list[int], max_captures: int = 1000) -> None:
         self.now_s = 100.0
-        self.launched: list[int] = []
-        self.replayed: list[int] = []
+        self.launched: list[tuple[Part, int]] = []
+        self.replayed: list[tuple[Part, int]] = []
         self.num_cleared = 0
         recorder = Recorder(self, max_captures)
         self.graphs = DecodeGraphs(
-            self.launched.append, self._clear, sizes, recorder, lambda: self.now_s
+            lambda part, size: self.launched.append((part, size)),
+            self._clear,
+            sizes,
+            recorder,
+            lambda: self.now_s,
         )
 
     def _clear(self) -> None:
         self.num_cleared += 1
 
-    def captures(self, wanted: list[int]) -> list[int]:
-        """Return the sizes captured while steps of the wanted numbers of rows go by, unhurried."""
+    def captures(
+        self, wanted: list[int], parts: tuple[Part, ...] = ("forward",)
+    ) -> list[tuple[Part, int]]:
+        """Return what is captured while steps of the wanted numbers of rows go by, unhurried."""
         self.launched.clear()
         for num_rows in wanted:
-            self.graphs.capture_next(num_rows)
+            self.graphs.capture_next(num_rows, parts)
             self.now_s += 1000
-        return self.launched
+        return list(self.launched)
 
 
 @pytest.mark.parametrize("row_tile", [1, 16])
@@ -67,18 +73,36 @@ def test_every_number_of_sequences_has_a_size_and_the_largest_is_the_most(most, 
 
 def test_the_largest_is_captured_first_then_what_is_wanted_then_the_rest():
     bench = Bench([1, 2, 4, 8])
-    assert bench.captures([1, 2, 2, 2, 2, 2]) == [8, 2, 4, 1]
+    order = [("forward", size) for size in (8, 2, 4, 1)]
+    assert bench.captures([1, 2, 2, 2, 2, 2]) == order
     assert bench.graphs.num_captured == 4
     assert bench.num_cleared == 4
+
+
+def test_parts_are_captured_once_they_are_needed_the_forward_pass_before_the_draw():
+    bench = Bench([1, 8])
+    assert bench.captures([1, 1, 1], ("forward", "greedy")) == [
+        ("forward", 8),
+        ("forward", 1),
+        ("greedy", 1),
+    ]
+    assert bench.captures([1, 1, 1, 1], ("forward", "top_p")) == [
+        ("top_p", 1),
+        ("greedy", 8),
+        ("top_p", 8),
+    ]
+    assert bench.captures([8], ("forward",)) == []
 
 
 def test_a_size_is_replayed_once_it_was_captured():
     bench = Bench([1, 8])
     bench.captures([1])
     bench.launched.clear()
-    bench.graphs.run(1)
-    bench.graphs.run(8)
-    assert (bench.launched, bench.replayed) == ([1], [8])
+    bench.graphs.run("forward", 1)
+    bench.graphs.run("forward", 8)
+    bench.graphs.run("greedy", 8)
+    assert bench.launched == [("forward", 1), ("greedy", 8)]
+    assert bench.replayed == [("forward", 8)]
 
 
 def test_capturing_takes_no_more_than_its_share_of_the_time():
@@ -86,7 +110,7 @@ def test_capturing_takes_no_more_than_its_share_of_the_time():
     starts_s = []
     while bench.graphs.num_captured < 4:
         before_s, num_captured = bench.now_s, bench.graphs.num_captured
-        bench.graphs.capture_next(1)
+        bench.graphs.capture_next(1, ("forward",))
         if bench.graphs.num_captured > num_captured:
             starts_s.append(before_s)
         bench.now_s += 0.25
@@ -101,24 +125,26 @@ def test_a_capture_that_fails_is_the_last_and_steps_go_on(caplog):
         bench.captures([1, 1, 1])
     assert bench.graphs.num_captured == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "no graph of 1 sequences, nor of sizes that have none yet: out of memory"
+        "no graph of 1 sequences, nor of what has none yet: out of memory"
     ]
     bench.launched.clear()
-    bench.graphs.run(1)
-    bench.graphs.run(8)
-    assert (bench.launched, bench.replayed) == ([1], [8])
+    bench.graphs.run("forward", 1)
+    bench.graphs.run("forward", 8)
+    assert (bench.launched, bench.replayed) == ([("forward", 1)], [("forward", 8)])
 
 
 def test_all_that_are_missing_are_captured_at_once_if_asked_for():
     bench = Bench([1, 2, 4, 8])
-    bench.graphs.capture_next(2)
+    bench.graphs.capture_next(2, ("forward", "greedy"))
     bench.graphs.capture_all()
-    assert sorted(bench.launched) == [1, 2, 4, 8]
+    parts = [(part, size) for part in ("forward", "greedy") for size in (1, 2, 4, 8)]
+    assert sorted(bench.launched) == parts
     bench.graphs.capture_all()
-    assert bench.graphs.num_captured == 4
+    assert bench.graphs.num_captured == 8
 
 
 def test_capturing_all_ends_where_there_is_no_room():
     bench = Bench([1, 2, 4, 8], max_captures=2)
+    bench.graphs.capture_next(2, ("forward",))
     bench.graphs.capture_all()
     assert bench.graphs.num_captured == 2

@@ -8,9 +8,11 @@ import torch
 
 from model.config import LoadOptions
 from model.graphs import GraphRecorder, Replay
+from model.kernels.sample import sample_rows
+from model.kernels.score import score
 from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
-from model.operations import triton_operations
+from model.operations import SamplingKernels, triton_operations
 from model.runner import ModelRunner
 from model.step import RunnerLimits, SamplingParams
 from model.weights.checkpoint import open_checkpoint
@@ -69,6 +71,13 @@ def make_runner(
     return ModelRunner(network, limits, device, decodes_on_device=on_device, recorder=recorder)
 
 
+@pytest.fixture
+def kernels_that_sample(device, monkeypatch):
+    """Have runners made on a CPU draw as they would on a card."""
+    kernels = SamplingKernels(sample_rows=sample_rows, score=score)
+    monkeypatch.setattr("model.runner.choose_sampling", lambda _device: kernels)
+
+
 def requests_that_join_and_leave():
     """Prompts that cross a block's border while they decode; rows are taken over by others."""
     samplings = [
@@ -101,6 +110,14 @@ def test_tokens_are_those_of_steps_gathered_anew(checkpoint, device, expected):
     assert generated(runner) == expected
 
 
+@pytest.mark.usefixtures("kernels_that_sample")
+def test_tokens_are_the_same_when_they_are_drawn_on_the_device(checkpoint, device, expected):
+    runner = make_runner(checkpoint, device, on_device=True)
+    runner.warm_up()
+    assert generated(runner) == expected
+
+
+@pytest.mark.usefixtures("kernels_that_sample")
 def test_tokens_stay_the_same_when_graphs_take_over(checkpoint, device, expected, monkeypatch):
     monkeypatch.setattr("model.graphs.CAPTURE_SHARE", 1.0)  # one after every step
     recorder = Repeater()
