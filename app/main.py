@@ -126,7 +126,8 @@ def plan_lines(info: ModelInfo) -> list[str]:
         f"parameters, {info.precision.name} on {plan.device}",
         f"memory: weights {mib(plan.weights_bytes)}, K/V {mib(plan.kv_cache_bytes)} "
         f"({plan.num_blocks} blocks of {plan.block_size} tokens, {plan.kv_bytes_per_token} bytes "
-        f"a token), work space {mib(plan.workspace_bytes)}",
+        f"a token), work space {mib(plan.workspace_bytes)}, logits {mib(plan.logits_bytes)}"
+        + (f", graphs {mib(plan.graphs_bytes)}" if plan.graphs_bytes else ""),
         f"limits: context {plan.max_model_len} tokens, {plan.max_num_seqs} sequences, "
         f"{plan.max_num_batched_tokens} tokens a step",
     ]

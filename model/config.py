@@ -216,6 +216,7 @@ class LoadOptions:
     max_num_batched_tokens: int | None = None
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False  # no CUDA graphs
     kv_cache_memory_bytes: int | None = None
     generation_config: Literal["auto", "vllm"] = "auto"
     seed: int = 0  # of dummy weights

@@ -1,6 +1,7 @@
 """From load options to a runner that serves: the only wiring inside `model`."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,17 +13,20 @@ from model.cpu.library import Library
 from model.cpu.network import NativeNetwork, Sizes
 from model.cpu.threads import available_threads
 from model.errors import ConfigError
+from model.graphs import CudaGraphRecorder
 from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
 from model.memory import MemoryPlan, plan_memory
 from model.network import Network
-from model.operations import choose_operations
+from model.operations import choose_operations, runs_kernels
 from model.precision import DTYPES, KV_DTYPES, Precision, choose_precision
 from model.runner import ModelRunner
 from model.step import Runner, RunnerLimits
 from model.tokenizer import Tokenizer
 from model.weights.checkpoint import Checkpoint, open_checkpoint
 from model.weights.tensors import PackedTensor
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called while weights load, with the bytes done and the bytes in all."""
@@ -71,7 +75,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         info = _describe(options, checkpoint, device)
         vocab_size = info.config.vocab_size
         tokenizer = load_tokenizer(checkpoint.tokenizer_path, expected_vocab_size=vocab_size)
-        runner = _build_runner(info, checkpoint, device, progress)
+        runner = _build_runner(options, info, checkpoint, device, progress)
     finally:
         checkpoint.close()
     return LoadedModel(info=info, runner=runner, tokenizer=tokenizer)
@@ -83,13 +87,17 @@ def load_runner(options: LoadOptions) -> tuple[ModelInfo, ModelRunner]:
     checkpoint = open_checkpoint(options)
     try:
         info = _describe(options, checkpoint, device)
-        return info, _build_runner(info, checkpoint, device, None)
+        return info, _build_runner(options, info, checkpoint, device, None)
     finally:
         checkpoint.close()
 
 
 def _build_runner(
-    info: ModelInfo, checkpoint: Checkpoint, device: torch.device, progress: Progress | None
+    options: LoadOptions,
+    info: ModelInfo,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    progress: Progress | None,
 ) -> ModelRunner:
     plan, config, precision = info.plan, info.config, info.precision
     weights = _Reader(checkpoint, progress)
@@ -108,7 +116,20 @@ def _build_runner(
         vocab_size=config.vocab_size,
         max_inflight=2 if device.type == "cuda" else 1,
     )
-    return ModelRunner(network, limits, device)
+    if not runs_kernels(config, device):
+        return ModelRunner(network, limits, device)
+    recorder = None if options.enforce_eager else CudaGraphRecorder(device)
+    runner = ModelRunner(network, limits, device, decodes_on_device=True, recorder=recorder)
+    runner.warm_up()
+    _check_plan(plan, device)
+    return runner
+
+
+def _check_plan(plan: MemoryPlan, device: torch.device) -> None:
+    """Say in the log what has been taken of what was planned; graphs come later."""
+    taken, planned = torch.cuda.memory_reserved(device), plan.planned_bytes
+    level = logging.INFO if taken <= planned else logging.WARNING
+    logger.log(level, "%d MiB of the card's memory taken, %d planned", taken >> 20, planned >> 20)
 
 
 class _Reader:
@@ -196,7 +217,9 @@ def _describe(options: LoadOptions, checkpoint: Checkpoint, device: torch.device
         precision=precision,
         generation=checkpoint.generation,
         eos_token_ids=checkpoint.eos_token_ids,
-        plan=plan_memory(options, config, precision, device),
+        plan=plan_memory(
+            options, config, precision, device, runs_kernels=runs_kernels(config, device)
+        ),
         fingerprint="fp_" + hashlib.sha256(numerics.encode()).hexdigest()[:12],
     )
 

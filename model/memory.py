@@ -1,6 +1,6 @@
 """How much memory there is, and how a model shares it out between weights, K/V and work space."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,12 +8,19 @@ import torch
 from model.attention.paged import KEY_BLOCK
 from model.config import LoadOptions, ModelConfig
 from model.errors import ConfigError, ResourceError
+from model.graphs import decode_sizes
 from model.kv_pool import kv_bytes_per_token
 from model.layers.linear import ROW_TILE
 from model.precision import DTYPES, KV_DTYPES, Precision
 
 CPU_KV_CACHE_BYTES = 4 << 30  # unless --kv-cache-memory-bytes says otherwise
 CPU_KV_CACHE_SHARE = 0.4  # of what is available once the weights are in
+GRAPH_BYTES = 8 << 20  # of a CUDA graph, in the driver; not measured
+LIBRARY_BYTES = 128 << 20  # what cuBLAS and the allocator's rounding take; not measured
+DRAW_BYTES = 96 << 10  # of a sequence: partial sums and the short list of model/kernels/sample.py
+# Of model/kernels/paged_decode.py, which cannot be imported without Triton.
+MAX_SPLITS = 32  # of a sequence's keys
+SHORT_ROWS = 16  # rows of query heads that keys are split for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +30,9 @@ class MemoryPlan:
     device: str
     weights_bytes: int
     kv_cache_bytes: int
-    workspace_bytes: int  # activations and logits of the largest step
+    workspace_bytes: int  # activations of the largest step; on a GPU the rows as well
+    logits_bytes: int
+    graphs_bytes: int  # CUDA graphs, and the memory that they share
     block_size: int
     num_blocks: int
     kv_bytes_per_token: int
@@ -31,11 +40,34 @@ class MemoryPlan:
     max_num_seqs: int
     max_num_batched_tokens: int
 
+    @property
+    def planned_bytes(self) -> int:
+        """All of it."""
+        work = self.workspace_bytes + self.logits_bytes + self.graphs_bytes
+        return self.weights_bytes + self.kv_cache_bytes + work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What a step needs besides weights and K/V."""
+
+    workspace_bytes: int
+    logits_bytes: int
+    graphs_bytes: int = 0
+
 
 def plan_memory(
-    options: LoadOptions, config: ModelConfig, precision: Precision, device: torch.device
+    options: LoadOptions,
+    config: ModelConfig,
+    precision: Precision,
+    device: torch.device,
+    *,
+    runs_kernels: bool = False,
 ) -> MemoryPlan:
-    """Decide sizes before anything is allocated. Raises ConfigError or ResourceError."""
+    """Decide sizes before anything is allocated. Raises ConfigError or ResourceError.
+
+    `runs_kernels` says that Triton computes what lies between the products.
+    """
     max_num_seqs = options.max_num_seqs or (256 if device.type == "cuda" else 32)
     max_num_batched_tokens = options.max_num_batched_tokens or max(
         max_num_seqs, 2048 if device.type == "cuda" else 256
@@ -46,23 +78,31 @@ def plan_memory(
             f"{max_num_seqs}: every sequence needs a token a step"
         )
     weights = precision.weights_bytes
-    if precision.library:
-        workspace = _native_workspace_bytes(config, max_num_batched_tokens, max_num_seqs)
-    else:
-        dtype = DTYPES[precision.dtype]
-        workspace = _workspace_bytes(config, dtype, max_num_batched_tokens, max_num_seqs)
     wanted = _wanted_model_len(options, config)
+    dtype = DTYPES[precision.dtype]
+    if precision.library:
+        work = _native_work(config, max_num_batched_tokens, max_num_seqs)
+    elif runs_kernels:
+        has_graphs = not options.enforce_eager
+        work = _kernel_work(config, dtype, max_num_batched_tokens, max_num_seqs, has_graphs)
+        rows = (max_num_seqs + 1) * (wanted + 1 + -(-wanted // options.block_size)) * 4
+        work = replace(work, workspace_bytes=work.workspace_bytes + rows)
+    else:
+        work = _torch_work(config, dtype, max_num_batched_tokens, max_num_seqs)
     per_token = kv_bytes_per_token(config, KV_DTYPES[precision.kv_cache_dtype])
     per_block = per_token * options.block_size
     most = max_num_seqs * -(-wanted // options.block_size)
-    budget = _kv_budget(options, device, weights + workspace)
+    other = weights + work.workspace_bytes + work.logits_bytes + work.graphs_bytes
+    budget = _kv_budget(options, device, other)
     num_blocks = min(most, budget // per_block)
     max_model_len = _fitting_model_len(options, wanted, num_blocks * options.block_size, per_token)
     return MemoryPlan(
         device=str(device),
         weights_bytes=weights,
         kv_cache_bytes=num_blocks * per_block,
-        workspace_bytes=workspace,
+        workspace_bytes=work.workspace_bytes,
+        logits_bytes=work.logits_bytes,
+        graphs_bytes=work.graphs_bytes,
         block_size=options.block_size,
         num_blocks=num_blocks,
         kv_bytes_per_token=per_token,
@@ -115,31 +155,59 @@ def _kv_budget(options: LoadOptions, device: torch.device, other_bytes: int) -> 
     return budget
 
 
-def _workspace_bytes(
-    config: ModelConfig, dtype: torch.dtype, num_tokens: int, num_seqs: int
-) -> int:
-    """Bound the tensors alive at once in the largest step."""
+def _torch_work(config: ModelConfig, dtype: torch.dtype, num_tokens: int, num_seqs: int) -> _Work:
+    """Bound the tensors alive at once in the largest step in torch."""
     tokens = -(-num_tokens // ROW_TILE) * ROW_TILE
-    q_size = config.num_heads * config.head_dim
-    kv_size = config.num_kv_heads * config.head_dim
-    stream = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * q_size + 4 * kv_size
+    stream = _stream_size(config)
     # A query tile holds at most 16 rows, down to one token's; scores and weights are float32,
     # K and V of a key block are gathered once a tile.
     rows = max(ROW_TILE, config.num_heads // config.num_kv_heads)
     tile = config.num_kv_heads * (3 * rows + config.head_dim) * KEY_BLOCK * 4
     num_tiles = num_seqs + tokens * config.num_heads // (config.num_kv_heads * ROW_TILE)
     logits = (-(-num_seqs // ROW_TILE) * ROW_TILE) * config.vocab_size * 4 * 2
-    return tokens * stream * dtype.itemsize + num_tiles * tile + logits
+    workspace = tokens * stream * dtype.itemsize + num_tiles * tile
+    return _Work(workspace_bytes=workspace, logits_bytes=logits)
 
 
-def _native_workspace_bytes(config: ModelConfig, num_tokens: int, num_seqs: int) -> int:
+def _kernel_work(
+    config: ModelConfig, dtype: torch.dtype, num_tokens: int, num_seqs: int, has_graphs: bool
+) -> _Work:
+    """Bound the same for Triton, and for the graphs of decode steps.
+
+    A graph of n sequences allocates what a step of n tokens does, and so does the run before it
+    is captured, on a stream whose memory is its own.
+    """
+    token = _stream_size(config) * dtype.itemsize
+    partial = config.num_heads * MAX_SPLITS * (config.head_dim + 2) * 4
+    num_short = max(1, SHORT_ROWS * config.num_kv_heads // config.num_heads)
+    # Decode has float32 logits of its own. Another step may have that many again, with the
+    # head's output and a copy of the rows that are edited.
+    logits = num_seqs * config.vocab_size * (4 + dtype.itemsize + 4 + 4)
+    graphs = 0
+    if has_graphs:
+        decode = token + partial + config.vocab_size * dtype.itemsize + DRAW_BYTES
+        num_graphs = 2 * len(decode_sizes(num_seqs, 1))
+        graphs = 2 * num_seqs * decode + num_graphs * GRAPH_BYTES
+    partials = num_seqs * (num_short * partial + DRAW_BYTES)
+    workspace = num_tokens * token + partials + LIBRARY_BYTES
+    return _Work(workspace_bytes=workspace, logits_bytes=logits, graphs_bytes=graphs)
+
+
+def _stream_size(config: ModelConfig) -> int:
+    """Bound the numbers that a token has at once on its way through a layer."""
+    q_size = config.num_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
+    return 4 * config.hidden_size + 3 * config.intermediate_size + 3 * q_size + 4 * kv_size
+
+
+def _native_work(config: ModelConfig, num_tokens: int, num_seqs: int) -> _Work:
     """Sum what a native step allocates once, and the logits of the largest step."""
     q_size = config.num_heads * config.head_dim
     kv_size = config.num_kv_heads * config.head_dim
     widest = max(config.hidden_size, q_size, config.intermediate_size)
     floats = 3 * config.hidden_size + 2 * q_size + 2 * kv_size + 2 * config.intermediate_size
     rows = num_tokens * (4 * floats + widest + widest // 32 * 8)
-    return rows + num_seqs * config.vocab_size * 4 * 2
+    return _Work(workspace_bytes=rows, logits_bytes=num_seqs * config.vocab_size * 4 * 2)
 
 
 def available_host_bytes() -> int:

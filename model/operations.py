@@ -62,6 +62,11 @@ def choose_operations(config: ModelConfig, device: torch.device) -> Operations:
     return triton_operations()
 
 
+def runs_kernels(config: ModelConfig, device: torch.device) -> bool:
+    """Say whether `choose_operations` takes Triton."""
+    return device.type == "cuda" and not (_why_not_triton(device) or _why_too_wide(config))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingKernels:
     """What a card samples with; torch's way is in model/sampling."""

@@ -250,7 +250,9 @@ class _Bench:
             "weights_bytes": plan.weights_bytes,
             "kv_cache_bytes": plan.kv_cache_bytes,
             "workspace_bytes": plan.workspace_bytes,
-            "planned_bytes": plan.weights_bytes + plan.kv_cache_bytes + plan.workspace_bytes,
+            "logits_bytes": plan.logits_bytes,
+            "graphs_bytes": plan.graphs_bytes,
+            "planned_bytes": plan.planned_bytes,
             **peak_bytes(plan.device),
         }
 

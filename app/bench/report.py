@@ -50,6 +50,8 @@ MEMORY = (
     ("weights_bytes", "weights", "GiB"),
     ("kv_cache_bytes", "K/V", "GiB"),
     ("workspace_bytes", "work space", "GiB"),
+    ("logits_bytes", "logits", "GiB"),
+    ("graphs_bytes", "graphs", "GiB"),
     ("planned_bytes", "planned", "GiB"),
     ("peak_allocated_bytes", "peak, allocated", "GiB"),
     ("peak_reserved_bytes", "peak, reserved", "GiB"),

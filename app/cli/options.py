@@ -32,6 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=positive, default=16, help="tokens in a K/V block")
     add("--gpu-memory-utilization", type=share, default=0.9, help="share of the GPU to use")
     add("--kv-cache-memory-bytes", type=positive, help="size of the K/V pool")
+    add("--enforce-eager", action="store_true", help="no CUDA graphs, for debugging")
     add("--generation-config", choices=["auto", "vllm"], default="auto",
         help="auto: sampling defaults from generation_config.json; vllm: OpenAI's")  # fmt: skip
     add("--chat-template", type=Path, help="file with a Jinja template")

@@ -34,6 +34,7 @@ OPTIONS = frozenset(
         "--extra-body",
         "--generation-config",
         "--goodput",
+        "--enforce-eager",
         "--gpu-memory-utilization",
         "--header-timeout",
         "--help",

@@ -84,3 +84,33 @@ def test_available_memory_is_read_from_the_machine():
 def test_keys_and_values_in_16_bits_take_half_the_room():
     half = plan(replace(PRECISION, kv_cache_dtype="float16"))
     assert half.kv_bytes_per_token * 2 == plan().kv_bytes_per_token == BYTES_PER_TOKEN
+
+
+CUDA = torch.device("cuda")
+CARD_BYTES = 8 << 30
+
+
+def plan_on_card(monkeypatch, *, free=CARD_BYTES - (1 << 30), **options):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (free, CARD_BYTES))
+    load = LoadOptions(model="m", **options)
+    return plan_memory(load, CONFIG, PRECISION, CUDA, runs_kernels=True)
+
+
+def test_plan_of_a_card_keeps_to_the_share_of_it_that_is_free(monkeypatch):
+    options = {"gpu_memory_utilization": 0.3, "max_num_seqs": 2048, "enforce_eager": True}
+    small = plan_on_card(monkeypatch, **options)
+    free = int(CARD_BYTES * 0.3) - (1 << 30)
+    assert free - small.planned_bytes in range(16 * BYTES_PER_TOKEN + 1)
+
+
+def test_graphs_take_part_in_the_plan_unless_there_are_none(monkeypatch):
+    with_graphs = plan_on_card(monkeypatch)
+    without = plan_on_card(monkeypatch, enforce_eager=True)
+    assert with_graphs.graphs_bytes > 0
+    assert without.graphs_bytes == 0
+    assert with_graphs.planned_bytes - without.planned_bytes == with_graphs.graphs_bytes
+
+
+def test_a_card_without_room_for_keys_and_values_is_refused(monkeypatch):
+    with pytest.raises(ResourceError, match="no room for K/V on cuda"):
+        plan_on_card(monkeypatch, free=1 << 30)

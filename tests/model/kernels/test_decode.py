@@ -5,9 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import triton
 
+from model import memory
 from model.config import LoadOptions
 from model.graphs import GraphRecorder, Replay
+from model.kernels import paged_decode, sampling
 from model.kernels.sample import sample_rows
 from model.kernels.score import score
 from model.kv_pool import KVPool
@@ -101,6 +104,15 @@ def generated(runner: ModelRunner) -> dict[tuple[str, int], list[int]]:
 def expected(checkpoint, device):
     with np.errstate(all="ignore"):  # as for tests: conftest.py
         return generated(make_runner(checkpoint, device, on_device=False))
+
+
+def test_memory_plan_knows_the_kernels_sizes():
+    assert memory.MAX_SPLITS == paged_decode.MAX_SPLITS
+    widest = [paged_decode.choose_tiling(128, group, 2).rows for group in (1, 4, 8, 16)]
+    assert max(widest) == memory.SHORT_ROWS
+    num_splits = triton.next_power_of_2(triton.cdiv(128256, sampling.CHUNK.value))
+    words = num_splits * (3 + 2 * sampling.LEVELS.value) + sampling.STATE_COLUMNS.value
+    assert words * 8 + sampling.LIST_LEN.value * 4 <= memory.DRAW_BYTES
 
 
 def test_tokens_are_those_of_steps_gathered_anew(checkpoint, device, expected):
