@@ -2,7 +2,7 @@
 
 A copy from or to ordinary host memory waits until the device has run everything queued before
 it, and a step could then not be launched while another runs. From and to pinned memory it does
-not. On a CPU nothing is copied.
+not. On a CPU nothing has to be sent.
 """
 
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ def upload_ids(ids: Sequence[int], device: torch.device) -> Tensor:
 
 
 def download(values: Tensor) -> Tensor:
-    """Return the values in host memory; they are there once the device has come this far."""
+    """Return a copy in host memory; it is there once the device has come this far."""
     if values.device.type == "cpu":
-        return values
+        return values.clone()
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     return host.copy_(values, non_blocking=True)
