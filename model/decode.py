@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.graphs import DecodeGraphs, GraphRecorder, Part, decode_sizes
 from model.network import Network, StepInputs
+from model.operations import LookUp
 from model.rows import NOTHING, Rows, Samples
 from model.sampling.residents import ResidentDraws
 from model.sampling.sampler import Sampled
@@ -41,6 +42,7 @@ class DecodeBatch:
         self,
         network: Network,
         rows: Rows,
+        look_up: LookUp,
         draws: ResidentDraws | None,
         limits: RunnerLimits,
         device: torch.device,
@@ -48,6 +50,7 @@ class DecodeBatch:
     ) -> None:
         self._network = network
         self._rows = rows
+        self._look_up = look_up
         self._draws = draws
         self._block_size = limits.block_size
         sizes = decode_sizes(limits.max_num_seqs, network.row_tile)
@@ -142,24 +145,21 @@ class DecodeBatch:
 
     def _launch_forward(self, size: int) -> None:
         """Compute the tokens of the places, and move on by one."""
-        rows, positions = self._row_of[:size], self._positions[:size]
-        is_taken = positions >= 0
-        at = positions.clamp(min=0)
-        tables = self._rows.block_tables.index_select(0, rows)
-        blocks = tables.gather(1, (at // self._block_size)[:, None])[:, 0].to(torch.int64)
-        slots = blocks * self._block_size + at % self._block_size
+        rows, tables = self._row_of[:size], self._rows.block_tables
+        token_ids, at, slots, seq_lens = self._look_up(
+            rows, self._positions[:size], self._rows.token_log, tables, self._block_size
+        )
         inputs = StepInputs(
-            token_ids=self._rows.token_log[rows, at].to(torch.int64),
+            token_ids=token_ids,
             positions=at,
-            slots=torch.where(is_taken, slots, -1),
-            block_tables=tables,
+            slots=slots,
+            block_tables=tables.index_select(0, rows),
             query_starts=list(range(size + 1)),
             seq_lens=[1] * size,
             device_query_starts=self._query_starts[: size + 1],
-            device_seq_lens=(positions + 1).to(torch.int32),
+            device_seq_lens=seq_lens,
         )
         self._network.compute_logits(self._network.forward(inputs), self._logits[:size])
-        positions += is_taken
 
     def _launch_draw(self, most: Draw, size: int) -> None:
         """Draw an id at the places' positions, which the forward pass has moved on."""
@@ -171,6 +171,24 @@ class DecodeBatch:
         self._token_ids[:size] = token_ids
         self._is_broken[:size] = is_broken
         self._rows.append(Samples(rows=rows, positions=at, tokens=None), token_ids)
+
+
+def look_up(
+    rows: Tensor, positions: Tensor, token_log: Tensor, block_tables: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Look up what the sequences in `rows` [S] compute at `positions` [S], and move those on by 1.
+
+    Return token ids, positions from 0 on, slots, all [S] int64, and lengths [S] int32. Position -1
+    stays, and has slot -1 and length 0. `token_log` [R, L] and `block_tables` [R, B] are int32.
+    """
+    is_taken = positions >= 0
+    at = positions.clamp(min=0)
+    blocks = block_tables[rows, at // block_size].to(torch.int64)
+    slots = torch.where(is_taken, blocks * block_size + at % block_size, -1)
+    token_ids = token_log[rows, at].to(torch.int64)
+    seq_lens = (positions + 1).to(torch.int32)
+    positions += is_taken
+    return token_ids, at, slots, seq_lens
 
 
 def is_decode(plan_rows: Sequence[PlanRow]) -> bool:

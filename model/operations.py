@@ -67,22 +67,33 @@ def runs_kernels(config: ModelConfig, device: torch.device) -> bool:
     return device.type == "cuda" and not (_why_not_triton(device) or _why_too_wide(config))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingKernels:
-    """What a card samples with; torch's way is in model/sampling."""
+LookUp = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""What a decode step looks up: `look_up` of model/decode.py says what."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerKernels:
+    """What a card runs around the network; torch's way is in model/sampling and model/decode.py."""
+
+    look_up: LookUp
     sample_rows: SampleRows
     score: Score
 
 
-def choose_sampling(device: torch.device) -> SamplingKernels | None:
-    """Return the kernels that sample; None where torch does, which `choose_operations` explains."""
-    if device.type != "cuda" or _why_not_triton(device):
-        return None
+def triton_runner_kernels() -> RunnerKernels:
+    """Return the kernels. Raises ImportError without triton."""
+    from model.kernels.places import look_up
     from model.kernels.sample import sample_rows
     from model.kernels.score import score
 
-    return SamplingKernels(sample_rows=sample_rows, score=score)
+    return RunnerKernels(look_up=look_up, sample_rows=sample_rows, score=score)
+
+
+def choose_runner_kernels(device: torch.device) -> RunnerKernels | None:
+    """Return the kernels; None where torch does it, which `choose_operations` explains."""
+    if device.type != "cuda" or _why_not_triton(device):
+        return None
+    return triton_runner_kernels()
 
 
 def _why_too_wide(config: ModelConfig) -> str | None:

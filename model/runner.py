@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.decode import DecodeBatch, is_decode
+from model.decode import DecodeBatch, is_decode, look_up
 from model.graphs import GraphRecorder
 from model.network import Network
-from model.operations import choose_sampling
+from model.operations import choose_runner_kernels
 from model.rows import Rows, Samples
 from model.sampling.edits import SampleRow
 from model.sampling.logprobs import (
@@ -83,12 +83,21 @@ class ModelRunner:
         self._draws: ResidentDraws | None = None
         self._choose: Choose = choose_in_torch
         self._score: Score = score_in_torch
-        if kernels := choose_sampling(device):
+        kernels = choose_runner_kernels(device)
+        if kernels is not None:
             self._draws = ResidentDraws(limits.max_num_seqs, device, kernels.sample_rows)
             self._choose, self._score = choose_by(kernels.sample_rows), kernels.score
         self._decode: DecodeBatch | None = None
         if decodes_on_device:
-            self._decode = DecodeBatch(network, self._rows, self._draws, limits, device, recorder)
+            self._decode = DecodeBatch(
+                network,
+                self._rows,
+                look_up if kernels is None else kernels.look_up,
+                self._draws,
+                limits,
+                device,
+                recorder,
+            )
 
     @property
     def limits(self) -> RunnerLimits:

@@ -15,7 +15,7 @@ from triton.runtime import JITFunction, driver
 
 from model.attention.triton import TritonAttention
 from model.config import ModelConfig, RopeConfig
-from model.kernels import activation, fp8, matmul, norm
+from model.kernels import activation, fp8, matmul, norm, places
 from model.kernels.sample import sample_rows
 from model.kernels.score import score
 from model.kv_pool import KVPool
@@ -125,6 +125,18 @@ def product(num_outputs: int, size: int, dtype: torch.dtype) -> Callable[[], Non
     return step
 
 
+def looking_up(max_model_len: int) -> Callable[[], None]:
+    """What a decode step begins with."""
+
+    def step() -> None:
+        zeros = torch.zeros(2, dtype=torch.int64)
+        token_log = torch.zeros(3, max_model_len + 1, dtype=torch.int32)
+        tables = torch.zeros(3, max_model_len // 16, dtype=torch.int32)
+        places.look_up(zeros, zeros, token_log, tables, 16)
+
+    return step
+
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STEPS = {
     "1B": attention((32, 8, 64), BF16, BF16),
@@ -142,6 +154,7 @@ STEPS = {
     "sampling of 32000": sampling(32000),
     "invariant product": product(6144, 4096, BF16),
     "invariant product, float32": product(576, 576, FP32),
+    "looking up": looking_up(2048),
     "hidden 576": elementwise(576, BF16),
     "hidden 4096": elementwise(4096, BF16),
     "hidden 28672": elementwise(28672, FP16),

@@ -17,6 +17,7 @@ KERNELS = {
     "collect_kernel",
     "count_splits_kernel",
     "levels_kernel",
+    "look_up_kernel",
     "matmul_kernel",
     "maxima_kernel",
     "merge_splits_kernel",
@@ -32,7 +33,14 @@ KERNELS = {
     "threshold_kernel",
 }
 SMALLEST_SHARED_BYTES = 99 * 1024  # of a block, of all cards of capability 8.0 and up
-ESSENTIAL = ["8B", "8B, fp8 K/V", "hidden 4096", "sampling of 128256", "invariant product"]
+ESSENTIAL = [
+    "8B",
+    "8B, fp8 K/V",
+    "hidden 4096",
+    "sampling of 128256",
+    "invariant product",
+    "looking up",
+]
 ON_HOPPER = [*ESSENTIAL, "8B, invariant", "heads of 256"]
 
 

@@ -9,13 +9,12 @@ import triton
 
 from model import memory
 from model.config import LoadOptions
+from model.decode import look_up
 from model.graphs import GraphRecorder, Replay
-from model.kernels import paged_decode, sampling
-from model.kernels.sample import sample_rows
-from model.kernels.score import score
+from model.kernels import paged_decode, places, sampling
 from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
-from model.operations import SamplingKernels, triton_operations
+from model.operations import triton_operations, triton_runner_kernels
 from model.runner import ModelRunner
 from model.step import RunnerLimits, SamplingParams
 from model.weights.checkpoint import open_checkpoint
@@ -75,10 +74,10 @@ def make_runner(
 
 
 @pytest.fixture
-def kernels_that_sample(device, monkeypatch):
-    """Have runners made on a CPU draw as they would on a card."""
-    kernels = SamplingKernels(sample_rows=sample_rows, score=score)
-    monkeypatch.setattr("model.runner.choose_sampling", lambda _device: kernels)
+def runner_kernels(device, monkeypatch):
+    """Have runners made on a CPU look up and draw as they would on a card."""
+    kernels = triton_runner_kernels()
+    monkeypatch.setattr("model.runner.choose_runner_kernels", lambda _device: kernels)
 
 
 def requests_that_join_and_leave():
@@ -106,6 +105,20 @@ def expected(checkpoint, device):
         return generated(make_runner(checkpoint, device, on_device=False))
 
 
+def test_looking_up_is_what_the_reference_does(device):
+    generator = torch.Generator().manual_seed(4)
+    token_log = torch.randint(0, 1000, (5, 65), generator=generator, dtype=torch.int32)
+    tables = torch.randint(0, 99, (5, 4), generator=generator, dtype=torch.int32)
+    rows = torch.tensor([3, 0, 4, 1, 4])
+    positions = torch.tensor([0, 63, -1, 16, -1])
+    on_device = [each.to(device) for each in (rows, positions.clone(), token_log, tables)]
+    got = places.look_up(*on_device, 16)
+    expected = look_up(rows, positions, token_log, tables, 16)
+    for ours, theirs in zip((*got, on_device[1]), (*expected, positions), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours.cpu(), theirs)
+
+
 def test_memory_plan_knows_the_kernels_sizes():
     assert memory.MAX_SPLITS == paged_decode.MAX_SPLITS
     widest = [paged_decode.choose_tiling(128, group, 2).rows for group in (1, 4, 8, 16)]
@@ -122,14 +135,14 @@ def test_tokens_are_those_of_steps_gathered_anew(checkpoint, device, expected):
     assert generated(runner) == expected
 
 
-@pytest.mark.usefixtures("kernels_that_sample")
+@pytest.mark.usefixtures("runner_kernels")
 def test_tokens_are_the_same_when_they_are_drawn_on_the_device(checkpoint, device, expected):
     runner = make_runner(checkpoint, device, on_device=True)
     runner.warm_up()
     assert generated(runner) == expected
 
 
-@pytest.mark.usefixtures("kernels_that_sample")
+@pytest.mark.usefixtures("runner_kernels")
 def test_tokens_stay_the_same_when_graphs_take_over(checkpoint, device, expected, monkeypatch):
     monkeypatch.setattr("model.graphs.CAPTURE_SHARE", 1.0)  # one after every step
     recorder = Repeater()

@@ -1,11 +1,12 @@
 """A runner that samples by kernels against one that samples in torch, over the same network."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model.kernels.sample import sample_rows
-from model.kernels.score import score
-from model.operations import SamplingKernels
+from model.operations import triton_runner_kernels
 from model.runner import ModelRunner
 from model.step import SamplingParams
 from tests.model.drive import load_network, make_limits
@@ -47,8 +48,8 @@ def test_tokens_are_those_of_torch(num_seqs, tmp_path, device, monkeypatch):
         calls.append(len(rows))
         return sample_rows(logits, rows, positions, table, most)
 
-    kernels = SamplingKernels(sample_rows=counted, score=score)
-    monkeypatch.setattr("model.runner.choose_sampling", lambda _device: kernels)
+    kernels = replace(triton_runner_kernels(), sample_rows=counted)
+    monkeypatch.setattr("model.runner.choose_runner_kernels", lambda _device: kernels)
     got = generated(folder, num_seqs, warm=True)
     assert got == expected
     assert sum(map(len, got.values())) > 20
