@@ -111,6 +111,7 @@ class ResumableStream:
             request_id=f"{request.request_id}-r{self._num_returns}",
             sampling=tuple(request.sampling[place] for place in self._places),
             constraints=constraints,
+            timeline=request.timeline.part(tuple(self._places)),
             progress=tuple(
                 Progress(
                     token_ids=tuple(log.token_ids), num_prompt_logprobs=log.num_prompt_logprobs

@@ -1,6 +1,7 @@
 """What became of a request, event by event: written by the worker, read by anybody at any time."""
 
 import time
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 EventName = Literal["queued", "admitted", "prefill", "first_token", "preempted", "done"]
@@ -25,16 +26,27 @@ class TimelineEvent(NamedTuple):
 class Timeline:
     """The events of a request, in order."""
 
-    __slots__ = ("events", "num_dropped")
+    __slots__ = ("_choices", "_whole", "events", "num_dropped")
 
     def __init__(self) -> None:
         self.events: list[TimelineEvent] = []
         self.num_dropped = 0
+        self._whole: Timeline | None = None
+        self._choices: Sequence[int] = ()
+
+    def part(self, choices: Sequence[int]) -> "Timeline":
+        """Return one that notes its choices' events here, the first as `choices[0]`, and so on."""
+        part = Timeline()
+        part._whole, part._choices = self, choices
+        return part
 
     def note(
         self, name: EventName, choice: int, num_tokens: int = 0, reason: str | None = None
     ) -> None:
         """Add an event that happens now; a request that goes on for ever fills no memory."""
+        if self._whole is not None:
+            self._whole.note(name, self._choices[choice], num_tokens, reason)
+            return
         is_needed = name in ("queued", "first_token", "done")
         if len(self.events) >= MAX_EVENTS and not is_needed:
             self.num_dropped += 1

@@ -282,7 +282,7 @@ class RequestView(Part):
     object: Literal["request"]
     id: str
     created: float
-    status: Literal["queued", "running", "done"]
+    status: Literal["queued", "running", "parked", "done"]
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int

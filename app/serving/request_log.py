@@ -32,11 +32,18 @@ class RequestRecord:
 
     @property
     def status(self) -> str:
-        """Return how far it has come: queued, running or done."""
-        names = [event.name for timeline in self.timelines for event in timeline.events]
-        if self.is_over or names.count("done") >= self.num_choices:
+        """Return how far it has come: queued, running, parked (its client may return) or done."""
+        last = {
+            (prompt, event.choice): event
+            for prompt, timeline in enumerate(self.timelines)
+            for event in timeline.events
+        }
+        names = {event.name for event in last.values()}
+        if self.is_over:
             return "done"
-        return "running" if "admitted" in names else "queued"
+        if len(last) == self.num_choices and names == {"done"}:
+            return "parked" if any(event.reason == "abort" for event in last.values()) else "done"
+        return "running" if names - {"queued"} else "queued"
 
 
 class RequestLog:

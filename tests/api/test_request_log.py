@@ -62,6 +62,32 @@ def test_only_the_key_that_made_a_request_is_told_of_it():
     run(scenario())
 
 
+def test_status_is_that_of_choices_that_left_and_came_back():
+    timeline = Timeline()
+    entry = record("a")
+    entry.num_choices = 2
+    entry.timelines.append(timeline)
+    seen = [entry.status]
+    for name, choice, reason in [
+        ("queued", 0, None),
+        ("queued", 1, None),
+        ("admitted", 0, None),
+        ("done", 0, "length"),
+        ("done", 1, "abort"),  # parked
+        ("queued", 1, None),
+        ("admitted", 1, None),
+        ("done", 1, "stop"),
+    ]:
+        timeline.note(name, choice, reason=reason)
+        seen.append(entry.status)
+    assert seen == [
+        *("queued", "queued", "queued", "running", "running"),
+        *("parked", "running", "running", "done"),
+    ]
+    entry.is_over = True
+    assert entry.status == "done"
+
+
 def test_a_request_that_runs_is_told_of_too():
     async def scenario():
         engine = FakeEngine(says("x"))

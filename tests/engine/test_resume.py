@@ -58,6 +58,22 @@ def test_not_a_token_is_lost_or_repeated(max_inflight, n, at):
     asyncio.run(scenario())
 
 
+def test_timeline_goes_on_under_the_numbers_of_the_choices():
+    async def scenario():
+        async with Running() as engine:
+            request = request_of(2, max_tokens=4)  # choice 1 has three more
+            await leave_and_return(engine, ResumableStream(engine, request), {8, 9})
+            for choice in (0, 1):
+                own = [event for event in request.timeline.events if event.choice == choice]
+                names = [event.name for event in own]
+                assert names[0] == "queued"
+                assert names.count("first_token") == 1
+                assert names.count("queued") == names.count("done")
+                assert [event.reason for event in own if event.name == "done"][-1] == "length"
+
+    asyncio.run(scenario())
+
+
 def test_prompt_logprobs_are_given_once():
     async def scenario():
         async with Running(max_num_batched_tokens=4) as engine:
