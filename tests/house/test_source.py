@@ -158,8 +158,8 @@ def test_options_are_the_frozen_ones():
     assert all_options(build_parser()) == OPTIONS
 
 
-def test_every_flag_of_readme_exists_and_every_flag_is_in_readme():
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_every_flag_of_the_docs_exists_and_every_flag_is_in_them():
+    text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/flags.md"))
     named = set(re.findall(r"`(--[a-z-]+)", text))
     assert named <= OPTIONS | {"--full"}
     assert OPTIONS - {"--help", "--no-enable-prefix-caching", "--no-ignore-eos"} <= named
