@@ -55,6 +55,7 @@ class ServerSettings:
     shutdown_timeout_s: float = 30.0
     resume_window_s: float = 30.0
     log_level: str = "info"
+    otlp_traces_endpoint: str | None = None
     max_request_bytes: int = MAX_REQUEST_BYTES
 
     def keys(self) -> tuple[ApiKey, ...]:

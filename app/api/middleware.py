@@ -31,7 +31,7 @@ class Gate:
 
     What is behind it finds in the scope's state `request_id`, `key_name`, None where no key is
     asked for, and `send`, the server's own: a stream's body may go there directly, past the layers
-    that only change how an answer starts. `more_headers`, if somebody sets it, is asked for headers
+    that only change how an answer starts. What is put into `more_headers` is asked for headers
     when the answer starts, and what is put into `at_end` is called when all is over. An
     `error_code` that is left there is counted.
     """
@@ -56,7 +56,7 @@ class Gate:
         state["request_id"] = request_id
         state["key_name"] = None
         state["send"] = send
-        state["more_headers"] = None
+        state["more_headers"] = []
         state["at_end"] = []
         has_started = False
         arrival_s = time.monotonic()
@@ -68,12 +68,12 @@ class Gate:
                 if (code := state.get("error_code")) is not None:
                     self._count_error(code)
                 milliseconds = 1000 * (time.monotonic() - arrival_s)
-                more = state["more_headers"]() if state["more_headers"] else {}
+                more = [pair for ask in state["more_headers"] for pair in ask().items()]
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
                     (b"server-timing", f"total;dur={milliseconds:.1f}".encode()),
-                    *((name.encode(), value.encode()) for name, value in more.items()),
+                    *((name.encode(), value.encode()) for name, value in more),
                 ]
             await send(message)
 

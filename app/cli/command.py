@@ -77,6 +77,7 @@ def server_settings(args: argparse.Namespace, environment: Environment) -> Serve
         shutdown_timeout_s=args.shutdown_timeout,
         resume_window_s=args.resume_window,
         log_level=args.log_level,
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
 
 
