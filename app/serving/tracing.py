@@ -250,7 +250,7 @@ def open_tracer(endpoint: str, model_name: str, version: str) -> RequestTracer:
     except ImportError as error:
         raise ConfigError(
             f"--otlp-traces-endpoint needs OpenTelemetry ({error.name} is not installed): "
-            "pip install 'arriero[otlp]', or -e '.[otlp]' in a clone"
+            "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
         ) from error
     own = Resource.create({"service.name": "arriero", "service.version": version})
     resource = own.merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME wins
