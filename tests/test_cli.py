@@ -188,3 +188,19 @@ def test_key_for_metrics_that_cannot_be_meant_is_refused(flags, message):
     environment = dataclasses.replace(ENVIRONMENT, api_keys=(), metrics_keys=(metrics_key("m"),))
     with pytest.raises(ConfigError, match=message):
         parse(["serve", "x", *flags], environment)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        (["serv"], "did you mean serve?"),
+        (["bench", "engin"], "did you mean engine?"),
+        (["serve", "--quantization", "in8"], "did you mean int8?"),
+        (["serve", "--max-model-length", "5"], "did you mean --max-model-len?"),
+    ],
+)
+def test_word_that_is_nearly_one_is_asked_after(line, meant, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(line, ENVIRONMENT)
+    assert left.value.code == 2
+    assert meant in capsys.readouterr().err
