@@ -243,9 +243,12 @@ def progress_bar() -> Progress | None:
     """Return what draws a bar while weights load, if anybody is there to see it."""
     if not sys.stderr.isatty():
         return None
-    bar = tqdm(unit="B", unit_scale=True, desc="loading", leave=False)
+    bar: tqdm | None = None
 
     def progress(num_done: int, num_all: int) -> None:
+        nonlocal bar
+        if bar is None:  # not before: what is said until then would stand in its line
+            bar = tqdm(unit="B", unit_scale=True, desc="loading", leave=False)
         bar.total = num_all
         bar.update(num_done - bar.n)
         if num_done >= num_all:
