@@ -28,7 +28,7 @@ COPY model model
 # One native library a level of instructions; which one runs is decided where it starts.
 # Bytecode only of what a server imports: of all that is installed, it would be 180 MB.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-compile -c constraints.txt . \
+    pip install --no-compile -c constraints.txt ".[otlp]" \
     && cd / && python -m model.cpu.build && python -c 'import app.main'
 
 FROM build AS build-cuda
@@ -38,7 +38,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY model model
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-compile -c constraints.txt ".[gpu]" \
+    pip install --no-compile -c constraints.txt ".[gpu,otlp]" \
     && cd / && python -m model.cpu.build && python -c 'import app.main'
 
 FROM ${BASE} AS runtime

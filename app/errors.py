@@ -5,6 +5,7 @@ ServiceError
 │   ├── InvalidRequest          400
 │   │   └── ContextLengthExceeded   400, code context_length_exceeded
 │   ├── Unauthorized            401
+│   ├── Forbidden               403, the key is not for this
 │   ├── NotFound                404
 │   │   └── ModelNotFound           404, code model_not_found
 │   ├── MethodNotAllowed        405
@@ -67,6 +68,14 @@ class Unauthorized(ClientError):
     status = 401
     type = "authentication_error"
     code: str | None = "invalid_api_key"
+
+
+class Forbidden(ClientError):
+    """The key is a good one, but not for this."""
+
+    status = 403
+    type = "permission_error"
+    code: str | None = "insufficient_permissions"
 
 
 class NotFound(ClientError):

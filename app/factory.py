@@ -33,6 +33,8 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
         await engine.shutdown()
         await runs.close()
         context.grammars.close()
+        if context.tracer is not None:
+            await context.tracer.close()
 
     app = FastAPI(
         title="arriero",
@@ -60,6 +62,7 @@ def create_app(context: ServingContext, settings: ServerSettings) -> FastAPI:
             expose_headers=[
                 *("x-request-id", "x-ignored-fields", "retry-after", "retry-after-ms"),
                 "idempotent-replayed",
+                "traceparent",
                 *QUOTA_HEADERS,
             ],
         )

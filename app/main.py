@@ -17,6 +17,7 @@ import uvicorn
 from tqdm import tqdm
 
 from app.api.connections import EdgeConfig
+from app.api.routes.info import own_version
 from app.cli import Command
 from app.engine.client import EngineClient
 from app.engine.collector import settle_collector
@@ -26,6 +27,7 @@ from app.factory import create_app
 from app.serving.context import ServingContext
 from app.serving.energy import open_gpu_meter
 from app.serving.metrics import RequestMetrics
+from app.serving.tracing import RequestTracer, open_tracer
 from app.settings import ServerSettings
 from app.text.chat_template import ChatTemplate, end_of_turn_ids
 from app.text.grammar.compiler import GrammarCompiler
@@ -54,8 +56,13 @@ def serve(command: Command) -> int:
     settings = _with_open_files(settings)
     # Bound before the weights are read: a port that is taken is no news after a minute.
     listener = bind(settings)
+    tracer = None
+    if settings.otlp_traces_endpoint is not None:
+        tracer = open_tracer(
+            settings.otlp_traces_endpoint, command.served_model_names[0], own_version()
+        )
     loaded = load_model(command.load, progress_bar())
-    context = make_context(command, loaded)
+    context = make_context(command, loaded, tracer)
     app = create_app(context, settings)
     for line in plan_lines(loaded.info):
         logger.info("%s", line)
@@ -67,7 +74,9 @@ def serve(command: Command) -> int:
     return 1 if server.has_failed else 0
 
 
-def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
+def make_context(
+    command: Command, loaded: LoadedModel, tracer: RequestTracer | None = None
+) -> ServingContext:
     """Put together what the use cases need. Raises ConfigError for a bad chat template."""
     info, tokenizer = loaded.info, loaded.tokenizer
     source = tokenizer.chat_template
@@ -106,6 +115,7 @@ def make_context(command: Command, loaded: LoadedModel) -> ServingContext:
         precision=info.precision.name,
         metrics=RequestMetrics(command.served_model_names[0], engine, gpus),
         grammars=GrammarCompiler(tokenizer, vocab_size=info.config.vocab_size, end_token_ids=ends),
+        tracer=tracer,
         tool_format=command.tool_call_parser or detect_format(source),
         think_tags=detect_think_tags(source),
         tag_token_ids=frozenset(
@@ -233,9 +243,12 @@ def progress_bar() -> Progress | None:
     """Return what draws a bar while weights load, if anybody is there to see it."""
     if not sys.stderr.isatty():
         return None
-    bar = tqdm(unit="B", unit_scale=True, desc="loading", leave=False)
+    bar: tqdm | None = None
 
     def progress(num_done: int, num_all: int) -> None:
+        nonlocal bar
+        if bar is None:  # not before: what is said until then would stand in its line
+            bar = tqdm(unit="B", unit_scale=True, desc="loading", leave=False)
         bar.total = num_all
         bar.update(num_done - bar.n)
         if num_done >= num_all:

@@ -8,6 +8,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from model.errors import ConfigError
 
@@ -15,7 +16,8 @@ MAX_REQUEST_BYTES = 2 << 20  # parsing holds the interpreter: a larger body woul
 _KEY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(r"[^\s\x00-\x1f\x7f]{1,1024}")
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
-_OPTIONAL = ("weight", *_LIMITS, "cache_salt")
+_SHARES = ("weight", *_LIMITS, "cache_salt")
+_OPTIONAL = (*_SHARES, "scope")
 MAX_LIMIT = 10**9
 
 
@@ -25,6 +27,7 @@ class ApiKey:
 
     Of what keys compete for, one of weight 2 is due twice as much as one of weight 1. A limit of
     None is none. Keys of one `cache_salt` share cached prefixes with each other and nobody else.
+    One of the scope "metrics" opens /metrics alone: whoever scrapes need hold no other.
     """
 
     name: str
@@ -34,6 +37,7 @@ class ApiKey:
     tokens_per_minute: int | None = None
     max_concurrent: int | None = None
     cache_salt: str = field(default="", repr=False)
+    scope: Literal["all", "metrics"] = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,7 @@ class ServerSettings:
     shutdown_timeout_s: float = 30.0
     resume_window_s: float = 30.0
     log_level: str = "info"
+    otlp_traces_endpoint: str | None = None
     max_request_bytes: int = MAX_REQUEST_BYTES
 
     def keys(self) -> tuple[ApiKey, ...]:
@@ -70,6 +75,7 @@ class Environment:
 
     cache_dir: Path  # of the demo model
     api_keys: tuple[str, ...]  # ARRIERO_API_KEY
+    metrics_keys: tuple[ApiKey, ...] = ()  # ARRIERO_METRICS_KEY
     hf_token: str | None  # HF_TOKEN
     is_offline: bool  # HF_HUB_OFFLINE
 
@@ -78,9 +84,15 @@ def read_environment() -> Environment:
     """Read the environment once."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     key = os.environ.get("ARRIERO_API_KEY")
+    metrics_key = os.environ.get("ARRIERO_METRICS_KEY")
     return Environment(
         cache_dir=Path(cache) / "arriero",
         api_keys=(key,) if key else (),
+        metrics_keys=(
+            (ApiKey(name="ARRIERO_METRICS_KEY", key=metrics_key, scope="metrics"),)
+            if metrics_key
+            else ()
+        ),
         hf_token=os.environ.get("HF_TOKEN") or None,
         is_offline=os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"),
     )
@@ -129,4 +141,9 @@ def _read_key(where: str, name: str, table: object) -> ApiKey:
     for limit, value in limits.items():
         if value is not None and (type(value) is not int or not 0 < value <= MAX_LIMIT):
             raise ConfigError(f"{where}: {limit} is a whole number from 1 to {MAX_LIMIT}")
-    return ApiKey(name=name, key=key, weight=float(weight), cache_salt=salt, **limits)
+    scope = table.get("scope", "all")
+    if scope not in ("all", "metrics"):
+        raise ConfigError(f'{where}: a scope is "all" or "metrics"')
+    if scope == "metrics" and (idle := [name for name in _SHARES if name in table]):
+        raise ConfigError(f'{where}: a key of the scope "metrics" has no use for {idle[0]}')
+    return ApiKey(name=name, key=key, weight=float(weight), cache_salt=salt, scope=scope, **limits)

@@ -1,13 +1,14 @@
 """Flags whose values have a form of their own."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from app.cli import parse, parse_speculation
 from app.engine.drafts import NgramSpeculation
-from app.settings import ApiKey, Environment, read_api_keys
+from app.settings import ApiKey, Environment, read_api_keys, read_environment
 from model.errors import ConfigError
 
 ENVIRONMENT = Environment(
@@ -151,6 +152,9 @@ def test_quotas_and_salt_of_a_key_are_read(tmp_path):
         ("cache_salt = ''", "a cache_salt is"),
         ("cache_salt = 5", "a cache_salt is"),
         ("requests_per_hour = 5", "may have weight, requests_per_minute"),
+        ("scope = 'metric'", 'a scope is "all" or "metrics"'),
+        ("scope = ['metrics']", 'a scope is "all" or "metrics"'),
+        ("scope = 'metrics'\nmax_concurrent = 1", "has no use for max_concurrent"),
     ],
 )
 def test_quota_that_cannot_be_meant_is_refused(tmp_path, line, message):
@@ -158,3 +162,45 @@ def test_quota_that_cannot_be_meant_is_refused(tmp_path, line, message):
     path.write_text(f"[alice]\nkey = 'hidden'\n{line}\n")
     with pytest.raises(ConfigError, match=message):
         read_api_keys(path)
+
+
+def metrics_key(key: str) -> ApiKey:
+    return ApiKey(name="ARRIERO_METRICS_KEY", key=key, scope="metrics")
+
+
+def test_key_for_metrics_comes_from_the_file_or_the_environment(tmp_path, monkeypatch):
+    path = tmp_path / "keys.toml"
+    path.write_text("[alice]\nkey = 'a'\n[prometheus]\nkey = 'p'\nscope = 'metrics'\n")
+    monkeypatch.setenv("ARRIERO_METRICS_KEY", "m")
+    keys = parse(["serve", "x", "--api-key-file", str(path)], read_environment()).server.keys()
+    assert keys == (
+        ApiKey(name="alice", key="a"),
+        ApiKey(name="prometheus", key="p", scope="metrics"),
+        metrics_key("m"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "nobody could ask for anything"), (["--api-key", "m"], "opens all")],
+)
+def test_key_for_metrics_that_cannot_be_meant_is_refused(flags, message):
+    environment = dataclasses.replace(ENVIRONMENT, api_keys=(), metrics_keys=(metrics_key("m"),))
+    with pytest.raises(ConfigError, match=message):
+        parse(["serve", "x", *flags], environment)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        (["serv"], "did you mean serve?"),
+        (["bench", "engin"], "did you mean engine?"),
+        (["serve", "--quantization", "in8"], "did you mean int8?"),
+        (["serve", "--max-model-length", "5"], "did you mean --max-model-len?"),
+    ],
+)
+def test_word_that_is_nearly_one_is_asked_after(line, meant, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(line, ENVIRONMENT)
+    assert left.value.code == 2
+    assert meant in capsys.readouterr().err

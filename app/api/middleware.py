@@ -17,11 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
 from app.api.routes.static import PAGE_FILES
-from app.errors import ServiceError, Unauthorized
+from app.errors import Forbidden, ServiceError, Unauthorized
 from app.settings import ApiKey
 
 logger = logging.getLogger(__name__)
 
+METRICS_PATH = "/metrics"
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", *PAGE_FILES})
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
@@ -31,7 +32,7 @@ class Gate:
 
     What is behind it finds in the scope's state `request_id`, `key_name`, None where no key is
     asked for, and `send`, the server's own: a stream's body may go there directly, past the layers
-    that only change how an answer starts. `more_headers`, if somebody sets it, is asked for headers
+    that only change how an answer starts. What is put into `more_headers` is asked for headers
     when the answer starts, and what is put into `at_end` is called when all is over. An
     `error_code` that is left there is counted.
     """
@@ -44,7 +45,7 @@ class Gate:
     ) -> None:
         self._app = app
         self._count_error = count_error
-        self._name_of = {hashlib.sha256(key.key.encode()).digest(): key.name for key in api_keys}
+        self._key_of = {hashlib.sha256(key.key.encode()).digest(): key for key in api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +57,7 @@ class Gate:
         state["request_id"] = request_id
         state["key_name"] = None
         state["send"] = send
-        state["more_headers"] = None
+        state["more_headers"] = []
         state["at_end"] = []
         has_started = False
         arrival_s = time.monotonic()
@@ -68,24 +69,23 @@ class Gate:
                 if (code := state.get("error_code")) is not None:
                     self._count_error(code)
                 milliseconds = 1000 * (time.monotonic() - arrival_s)
-                more = state["more_headers"]() if state["more_headers"] else {}
+                more = [pair for ask in state["more_headers"] for pair in ask().items()]
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
                     (b"server-timing", f"total;dur={milliseconds:.1f}".encode()),
-                    *((name.encode(), value.encode()) for name, value in more.items()),
+                    *((name.encode(), value.encode()) for name, value in more),
                 ]
             await send(message)
 
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        needs_key = bool(self._name_of) and path not in OPEN_PATHS
-        if needs_key:
-            state["key_name"] = self._holder(scope["headers"])
-        if needs_key and state["key_name"] is None:
-            refusal = Unauthorized("No API key was given, or a wrong one.")
-            state["error_code"] = refusal.code
-            await error_response(refusal)(scope, receive, send_named)
-            return
+        if self._key_of and path not in OPEN_PATHS:
+            key = self._key(scope["headers"])
+            state["key_name"] = key.name if key is not None else None
+            if refusal := _refusal(key, path):
+                state["error_code"] = refusal.code
+                await error_response(refusal)(scope, receive, send_named)
+                return
         try:
             await self._app(scope, receive, send_named)
         except ClientDisconnect:
@@ -103,18 +103,25 @@ class Gate:
             for call in calls:
                 call()
 
-    def _holder(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-        """Return the name of who holds the key that was sent, if it is one."""
+    def _key(self, headers: Iterable[tuple[bytes, bytes]]) -> ApiKey | None:
+        """Return the key that was sent, if it is one of those that are known."""
         values = [value for name, value in headers if name == b"authorization"]
         # Of two, a proxy in front may have looked at the other.
-        scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        digest = hashlib.sha256(key.strip()).digest()
+        scheme, _, sent = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(sent.strip()).digest()
         # Every key is compared in full, so that time tells nothing.
-        matches = [
-            name for known, name in self._name_of.items() if hmac.compare_digest(digest, known)
-        ]
-        is_key = scheme.lower() == b"bearer" and bool(key.strip())
+        matches = [key for known, key in self._key_of.items() if hmac.compare_digest(digest, known)]
+        is_key = scheme.lower() == b"bearer" and bool(sent.strip())
         return matches[0] if matches and is_key else None
+
+
+def _refusal(key: ApiKey | None, path: str) -> ServiceError | None:
+    """Return why a key does not open a path, if it does not."""
+    if key is None:
+        return Unauthorized("No API key was given, or a wrong one.")
+    if key.scope == "metrics" and path != METRICS_PATH:
+        return Forbidden("This API key may only read /metrics.")
+    return None
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

@@ -94,7 +94,10 @@ def _first_model(address: Address) -> str:
         answer = httpx.get(url, headers=dict(address.headers), timeout=10.0, trust_env=False)
         return str(answer.raise_for_status().json()["data"][0]["id"])
     except httpx.ConnectError as error:
-        raise RequestFailed(f"no server answers at {address.url}") from error
+        raise RequestFailed(
+            f"no server answers at {address.url}; start one with `arriero serve`, or name another "
+            "with --base-url"
+        ) from error
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         raise RequestFailed(f"{url} names no model ({error}); give --model") from error
 

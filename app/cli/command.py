@@ -3,14 +3,15 @@
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.engine.drafts import NgramSpeculation
-from app.settings import Environment, ServerSettings, read_api_keys
+from app.settings import ApiKey, Environment, ServerSettings, read_api_keys
 from app.text.tools.parser import ToolFormat
 from model.config import LoadOptions
+from model.errors import ConfigError
 
 logger = logging.getLogger("arriero")
 
@@ -61,11 +62,14 @@ def server_settings(args: argparse.Namespace, environment: Environment) -> Serve
     """Return the settings of `arriero serve`. Raises ConfigError for a bad file of keys."""
     if not all(key.strip() for key in args.api_key):
         args.fail("--api-key is empty")
-    return ServerSettings(
+    settings = ServerSettings(
         host=args.host,
         port=args.port,
         api_keys=(*args.api_key, *environment.api_keys),
-        named_keys=read_api_keys(args.api_key_file) if args.api_key_file else (),
+        named_keys=(
+            *(read_api_keys(args.api_key_file) if args.api_key_file else ()),
+            *environment.metrics_keys,
+        ),
         allowed_origins=tuple(args.allowed_origins),
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
@@ -77,7 +81,23 @@ def server_settings(args: argparse.Namespace, environment: Environment) -> Serve
         shutdown_timeout_s=args.shutdown_timeout,
         resume_window_s=args.resume_window,
         log_level=args.log_level,
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
+    _check_keys(settings.keys())
+    return settings
+
+
+def _check_keys(keys: Sequence[ApiKey]) -> None:
+    """Refuse keys that shut everybody out, or that let in more than they say."""
+    full = {key.key for key in keys if key.scope == "all"}
+    for key in keys:
+        if key.scope == "metrics" and not full:
+            raise ConfigError(
+                f"the key {key.name} opens /metrics alone, and there is no other: nobody could "
+                "ask for anything; name one with --api-key, ARRIERO_API_KEY or --api-key-file"
+            )
+        if key.scope == "metrics" and key.key in full:
+            raise ConfigError(f"the key {key.name} is to open /metrics alone, but opens all")
 
 
 def load_options(args: argparse.Namespace, model: str, environment: Environment) -> LoadOptions:

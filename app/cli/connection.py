@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import httpx
@@ -194,6 +195,14 @@ def _first_model(connection: Connection) -> str | None:
     return str(first.get("id")) if isinstance(first, dict) else None
 
 
+def _tell_of_compiling() -> None:
+    """Have it said that a compiler runs, which takes seconds, once."""
+    log = logging.getLogger("model.cpu.build")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+
+
 def _load(
     args: argparse.Namespace, environment: Environment
 ) -> contextlib.AbstractAsyncContextManager[httpx.AsyncClient]:
@@ -204,6 +213,7 @@ def _load(
     from app.main import make_context, progress_bar
     from model.loader import load_model
 
+    _tell_of_compiling()
     context = make_context(command, load_model(command.load, progress_bar()))
     app = create_app(context, ServerSettings())
 

@@ -74,6 +74,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--log-level", choices=levels, default="info", help="what is logged")
     add("--log-format", choices=["text", "json"], default="text",
         help="json: one object a line, for programs to read")  # fmt: skip
+    add("--otlp-traces-endpoint", metavar="URL",
+        help="OpenTelemetry collector that gets a span a request, over HTTP")  # fmt: skip
 
 
 def add_weights_seed(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -36,6 +36,9 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line and a next step, not all flags there are."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            message += _meant(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` says what there is\n")
 
 
@@ -85,9 +88,13 @@ def _add_command(
 def _refuse(command: argparse.ArgumentParser, word: str) -> None:
     """Leave because of a word that a command does not know."""
     flags = re.findall(r"--[a-z-]+", command.format_usage())
-    near = difflib.get_close_matches(word.partition("=")[0], flags, 1)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    command.error(f"{word} means nothing here{meant}")
+    command.error(f"{word} means nothing here{_meant(word.partition('=')[0], flags)}")
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    """Return a question after the one of the known words that is near, if one is."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

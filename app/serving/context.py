@@ -7,6 +7,7 @@ from app.engine.client import EngineClient
 from app.errors import ModelNotFound
 from app.serving.metrics import RequestMetrics
 from app.serving.request_log import RequestLog
+from app.serving.tracing import RequestTracer
 from app.text.chat_template import ChatTemplate
 from app.text.grammar.compiler import GrammarCompiler
 from app.text.tools.parser import ToolFormat
@@ -32,6 +33,7 @@ class ServingContext:
     grammars: GrammarCompiler
     tool_format: ToolFormat
     requests: RequestLog = field(default_factory=RequestLog)
+    tracer: RequestTracer | None = None
     think_tags: tuple[str, str] | None = None
     tag_token_ids: frozenset[int] = frozenset()  # control tokens that mark calls and thoughts
     created: int = field(default_factory=lambda: int(time.time()))

@@ -18,6 +18,7 @@ from app.serving.context import ServingContext
 from app.serving.metrics import ChoiceTimer
 from app.serving.quotas import Quota, Reservation
 from app.serving.request_log import RequestRecord
+from app.serving.tracing import RequestSpan
 from app.text.output import OutputText
 from model.step import SamplingParams, TokenConstraint, TokenLogprobs
 
@@ -50,6 +51,7 @@ class Caller:
     cache_salt: str = ""  # of the request, under that of its key
     timeout_s: float | None = None
     is_resumable: bool = False
+    span: RequestSpan | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,7 +94,7 @@ class _Choice:
     timer: ChoiceTimer
     stream: int  # its place among the streams
     num_cached_tokens: int = 0
-    is_done: bool = False
+    reason: str | None = None  # why it has ended
 
 
 class Generation:
@@ -112,6 +114,7 @@ class Generation:
         self._context = context
         self._caller = caller
         self._is_late = False
+        self._failure: ServiceError | None = None
         self._fields = fields
         self._arrival_s = time.monotonic()
         self._first_token_s: float | None = None
@@ -120,6 +123,7 @@ class Generation:
         if fields.seed is None and not drawn.is_greedy:
             logger.info("request %s: seed %d", request_id, drawn.seed)  # to run it again
         self.usage = Usage(num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts))
+        self._sampling = drawn
         self._choices: list[_Choice] = []
         self._streams: list[tuple[int, RequestStream]] = []
         self._record = RequestRecord(
@@ -130,6 +134,7 @@ class Generation:
             num_prompt_tokens=self.usage.num_prompt_tokens,
             num_choices=sum(len(prompt.sampling) for prompt in prompts),
         )
+        self._span: RequestSpan | None = None
         try:
             for number, prompt in enumerate(prompts):
                 self._submit(f"{request_id}-{number}", prompt)
@@ -137,6 +142,9 @@ class Generation:
             self.abort()
             raise
         context.requests.add(self._record)
+        if caller.span is not None:
+            self._span = caller.span
+            self._span.take()
         if caller.timeout_s is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(caller.timeout_s, self._expire)
@@ -186,6 +194,13 @@ class Generation:
 
     def abort(self) -> None:
         """End what has not ended."""
+        self._leave_engine()
+        if self._span is not None:
+            cut_off = "abort" if self._failure is None else "error"
+            reasons = [choice.reason or cut_off for choice in self._choices]
+            self._span.finish(self._record, self._sampling, reasons, self._failure)
+
+    def _leave_engine(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         for _, stream in self._streams:
@@ -213,7 +228,7 @@ class Generation:
     def _expire(self) -> None:
         """End the request, waiting or running: nobody wants its answer any more."""
         self._is_late = True
-        self.abort()
+        self._leave_engine()
 
     async def deltas(self) -> AsyncIterator[Sequence[ChoiceDelta]]:
         """Yield, at each wake-up, the deltas that have come, until every choice has ended.
@@ -246,6 +261,7 @@ class Generation:
             try:
                 delta = self._take(first, stream, output)
             except ServiceError as error:
+                self._failure = error
                 return deltas, error
             if delta is not None:
                 deltas.append(delta)
@@ -255,7 +271,7 @@ class Generation:
         self, first: int, stream: RequestStream, output: SequenceOutput
     ) -> ChoiceDelta | None:
         choice = self._choices[first + output.index]
-        if choice.is_done:
+        if choice.reason is not None:
             return None
         if output.finish_reason in ("error", "abort"):
             choice.timer.end(output.finish_reason)
@@ -301,13 +317,13 @@ class Generation:
     def finish(self, index: int) -> None:
         """End a choice with what it has said so far; there will be no more deltas of it."""
         choice = self._choices[index]
-        if not choice.is_done:
+        if choice.reason is None:
             first, stream = self._streams[choice.stream]
             stream.finish(index - first)
             self._end(choice, index - first, "stop")
 
     def _end(self, choice: _Choice, index: int, reason: str) -> None:
-        choice.is_done = True
+        choice.reason = reason
         choice.timer.end(reason)
         if index == 0:  # the choices of a prompt share what was cached of it
             self.usage.num_cached_tokens += choice.num_cached_tokens

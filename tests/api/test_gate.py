@@ -126,6 +126,33 @@ def test_sane_request_id_is_kept_and_another_replaced(given, is_kept):
     run(scenario())
 
 
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "/metrics"])
+def test_key_for_metrics_opens_nothing_else(method, path, root_path):
+    async def scenario():
+        keys = (ApiKey(name="prometheus", key="m", scope="metrics"), ApiKey(name="a", key="a"))
+        app = create_app(make_context(FakeEngine(says("x"))), ServerSettings(named_keys=keys))
+        transport = httpx.ASGITransport(app=app, root_path=root_path)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            headers = {"authorization": "Bearer m"}
+            response = await client.request(method, root_path + path, headers=headers)
+            assert response.status_code == 403
+            if method != "HEAD":
+                error = response.json()["error"]
+                assert (error["type"], error["code"]) == (
+                    "permission_error",
+                    "insufficient_permissions",
+                )
+            for open_path in ("/metrics", "/health"):
+                answer = await client.get(root_path + open_path, headers=headers)
+                assert answer.status_code == 200
+            page = (await client.get(root_path + "/metrics", headers=headers)).text
+            assert 'code="insufficient_permissions"' in page
+
+    run(scenario())
+
+
 def test_two_keys_in_one_request_open_nothing():
     async def scenario():
         async with client_of(FakeEngine(says("x")), api_keys=KEYS) as client:

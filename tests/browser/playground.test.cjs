@@ -387,6 +387,11 @@ test("the engine is watched while its panel is open, and only then", async () =>
   const end = () =>
     page.evaluate(() => document.documentElement.scrollHeight - scrollY - innerHeight);
   assert.ok((await end()) < 80, "the page follows what is written");
+  const top = (id) => page.evaluate((id) => document.querySelector(id).getBoundingClientRect().top, id);
+  assert.equal(await top("#engine"), 0, "and the panel stays in sight");
+  const { height } = await page.locator("#engine").boundingBox();
+  // Near enough: the page may have grown in between.
+  assert.ok((await top("aside")) > height - 8, "above the settings, not over them");
   await check(page);
   await page.click("#engine-toggle");
   const before = numAsked;

@@ -1,7 +1,7 @@
 """Every command that the documents show is run, or says why it is not.
 
-A block of `sh` or `python` runs as it stands against a server of the demo model; a document's
-blocks of Python run one after the other in one process. A comment before a block, `<!-- not run: … -->`,
+A block of `sh` or `python` runs as it stands, against a server of the demo model; a document's
+blocks of Python run one after the other in one process. `<!-- not run: … -->` before a block
 keeps it out and says why.
 """
 

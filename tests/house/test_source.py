@@ -61,6 +61,7 @@ OPTIONS = frozenset(
         "--no-ignore-eos",
         "--num-prompts",
         "--num-warmups",
+        "--otlp-traces-endpoint",
         "--output-json",
         "--output-len",
         "--plot",

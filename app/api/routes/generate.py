@@ -24,6 +24,7 @@ from app.serving.dry_run import describe_prompts
 from app.serving.generation import Caller, Prompt, reserve_tokens
 from app.serving.quotas import NOTHING_RESERVED, Quota, Tenants
 from app.serving.runs import RunRequest, RunStore
+from app.serving.tracing import RequestSpan, RequestTracer, refusals_noted
 
 MAX_TIMEOUT_S = 86_400
 _SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -63,12 +64,14 @@ def generate_routes(
         prepare: "Prepare[Fields, Prepared]",
         start: "Start[Prepared]",
     ) -> Response:
+        is_dry_run = _is_dry_run(request)
+        span = None if is_dry_run else _start_span(request, context.tracer)
         quota = _enter(request, tenants)
         body = await read_body(request, model, max_bytes)
         headers = ignored_header(body)
         key = _idempotency_key(request)
-        caller = _caller(request, tenants, body, is_resumable=key is not None)
-        if _is_dry_run(request):
+        caller = _caller(request, tenants, body, span, is_resumable=key is not None)
+        if is_dry_run:
             prepared = await prepare(context, body)
             plan = await describe_prompts(context, prepared.prompts, caller.cache_salt)
             return JSONResponse(plan, headers=headers)
@@ -76,9 +79,10 @@ def generate_routes(
 
         async def begin() -> ResumableAnswer:
             nonlocal reservation
-            prepared = await prepare(context, body)
-            reservation = reserve_tokens(quota, prepared.prompts)
-            return start(context, prepared, _unique_id(request), caller)
+            with refusals_noted(span):
+                prepared = await prepare(context, body)
+                reservation = reserve_tokens(quota, prepared.prompts)
+                return start(context, prepared, _unique_id(request), caller)
 
         def settle(num_tokens: int) -> None:
             reservation.settle(num_tokens)
@@ -137,10 +141,20 @@ def _digest(request: Request, body: SamplingFields) -> bytes:
 def _enter(request: Request, tenants: Tenants) -> Quota:
     """Count a request against its key's quota until its answer has ended. Raises RateLimited."""
     quota = tenants.quota(request.state.key_name or "")
-    request.state.more_headers = quota.headers
+    request.state.more_headers.append(quota.headers)
     quota.enter()
     request.state.at_end.append(quota.leave)
     return quota
+
+
+def _start_span(request: Request, tracer: RequestTracer | None) -> RequestSpan | None:
+    """Have a request traced, if there is a tracer; its answer tells the span."""
+    if tracer is None:
+        return None
+    span = tracer.start(request.scope["headers"])
+    request.state.more_headers.append(span.headers)
+    request.state.at_end.append(lambda: span.close(getattr(request.state, "error_code", None)))
+    return span
 
 
 def _is_dry_run(request: Request) -> bool:
@@ -152,7 +166,12 @@ def _is_dry_run(request: Request) -> bool:
 
 
 def _caller(
-    request: Request, tenants: Tenants, fields: SamplingFields, *, is_resumable: bool
+    request: Request,
+    tenants: Tenants,
+    fields: SamplingFields,
+    span: RequestSpan | None,
+    *,
+    is_resumable: bool,
 ) -> Caller:
     """Return whose share of the engine a request takes, and how long. Raises InvalidRequest."""
     name: str = request.state.key_name or ""
@@ -173,6 +192,7 @@ def _caller(
         cache_salt=salt,
         timeout_s=timeout_s,
         is_resumable=is_resumable,
+        span=span,
     )
 
 

@@ -19,6 +19,10 @@ export class EngineView {
     byId("blocks").append(...this.cells);
     this.button.addEventListener("click", () => this.#toggle());
     document.addEventListener("visibilitychange", () => this.#run());
+    new ResizeObserver(() => {
+      const height = `${this.panel.offsetHeight}px`; // none while it is hidden
+      document.documentElement.style.setProperty("--engine-height", height);
+    }).observe(this.panel);
   }
 
   #toggle() {
