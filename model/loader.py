@@ -16,7 +16,7 @@ from model.errors import ConfigError
 from model.fp8 import Fp8Rows
 from model.graphs import CudaGraphRecorder
 from model.kv_pool import KVPool
-from model.layers.fp8 import Quantize, why_no_scaled_product
+from model.layers.fp8 import Quantize, scaled_product, why_no_scaled_product
 from model.llama import LlamaNetwork
 from model.memory import MemoryPlan, plan_memory
 from model.network import Network
@@ -195,7 +195,8 @@ def _torch_network(
         pool.key_scales, pool.value_scales = map(list, zip(*scales, strict=True))
     operations = choose_operations(config, device, precision.is_batch_invariant)
     is_fp8 = precision.quantization == "fp8"
-    if is_fp8 and (reason := why_no_scaled_product(device)):
+    is_torchs = operations.fp8.product is scaled_product
+    if is_fp8 and is_torchs and (reason := why_no_scaled_product(device)):
         raise ConfigError(f"--quantization fp8: torch {torch.__version__} lacks it here: {reason}")
 
     def read(name: str) -> Tensor:

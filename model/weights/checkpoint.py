@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import GenerationDefaults, LoadOptions, ModelConfig
+from model.config import DTYPES, GenerationDefaults, LoadOptions, ModelConfig
 from model.errors import ConfigError, WeightsError
 from model.weights import meta
 from model.weights.dummy import DummyStore
@@ -172,7 +172,7 @@ def _open_safetensors(folder: Path, options: LoadOptions) -> _Opened:  # noqa: A
     if any(info.dtype == FP8 for info in stored.infos.values()):
         store = Fp8Store(stored, config, check_quantization(values, str(config_path)))
     embedding = store.infos.get(EMBEDDING)
-    if embedding and embedding.is_readable and not declared_dtype(values, str(config_path)):
+    if embedding and embedding.dtype in DTYPES and not declared_dtype(values, str(config_path)):
         config = replace(config, dtype=embedding.dtype)
     generation, ends = _generation(folder)
     return _Opened(config=config, store=store, generation=generation, eos_token_ids=ends)

@@ -92,8 +92,11 @@ def random_prompts(vocab_size: int, lengths: list[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=needs_fp8)])
-def test_batch_invariant_logprobs_are_bitwise_the_same_with_graphs_and_without(is_fp8, tmp_path):
+def test_batch_invariant_logprobs_are_bitwise_the_same_with_graphs_and_without(
+    is_fp8, tmp_path, monkeypatch
+):
     """Log-probabilities of every sampled token: alone, in a batch, launched and replayed."""
+    monkeypatch.setattr("model.graphs.CAPTURE_SHARE", 1.0)  # a graph after every step
     folder = write_toy_checkpoint(tmp_path, dtype=torch.bfloat16)
     options = {"is_fp8": True, "kv_dtype": FP8} if is_fp8 else {}
     sampling = SamplingParams(temperature=0.8, seed=3, max_tokens=20, logprobs=3)
@@ -109,9 +112,7 @@ def test_batch_invariant_logprobs_are_bitwise_the_same_with_graphs_and_without(i
         runner.warm_up()
         requests = [request(str(at), prompt, sampling) for at, prompt in enumerate(prompts)]
         outputs, _ = serve(runner, requests, late=len(prompts) // 2)
-        if has_graphs:  # of what has been run; it is run again from them
-            assert runner.capture_all() > 0
-            outputs, _ = serve(runner, requests, late=len(prompts) // 2)
+        assert (runner.capture_all() > 0) == has_graphs
         answers = [outputs[str(at), 0] for at in range(len(prompts))]
         return [(tokens(answer), logprobs(answer)) for answer in answers]
 
@@ -151,7 +152,8 @@ def test_network_in_fp8_is_near_its_reference(operations, tmp_path):
 
 @needs_fp8
 @pytest.mark.parametrize("form", FORMS)
-def test_fp8_checkpoint_is_served_with_graphs(form, tmp_path):
+def test_fp8_checkpoint_is_served_with_graphs(form, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.graphs.CAPTURE_SHARE", 1.0)  # a graph after every step
     folder = write_toy_fp8(tmp_path, form)
     answers = []
     for flags in ({}, {"kv_cache_dtype": "fp8"}, {"batch_invariant": True}):
@@ -165,8 +167,7 @@ def test_fp8_checkpoint_is_served_with_graphs(form, tmp_path):
         greedy = SamplingParams(temperature=0.0, max_tokens=8)
         prompts = random_prompts(320, [30, 9, 50])
         requests = [request(str(at), prompt, greedy) for at, prompt in enumerate(prompts)]
-        serve(runner, requests)
-        assert runner.capture_all() > 0
         outputs, _ = serve(runner, requests)
+        assert runner.capture_all() > 0
         answers.append({key: len(tokens(each)) for key, each in outputs.items()})
     assert all(answer == {(str(at), 0): 8 for at in range(3)} for answer in answers)

@@ -133,6 +133,18 @@ def test_vector_in_fp8_is_refused(tmp_path):
         open_folder(folder)
 
 
+def test_embedding_in_fp8_is_read_as_well_and_names_no_dtype(tmp_path):
+    folder = write_toy_fp8(tmp_path, "channel")
+    embedding = toy_state(toy_config())["model.embed_tokens.weight"]
+    codes = (embedding * 32).to(torch.float8_e4m3fn)
+    scale = torch.tensor(1 / 32)
+    changes = {"model.embed_tokens.weight": codes, "model.embed_tokens.weight_scale": scale}
+    rewrite(folder, changes, torch_dtype=None)
+    checkpoint = open_folder(folder)
+    assert checkpoint.config.dtype == "float32"
+    assert torch.equal(checkpoint.read("model.embed_tokens.weight"), codes.float() / 32)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
