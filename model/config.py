@@ -208,7 +208,7 @@ class LoadOptions:
     offline: bool = False
     load_format: LoadFormat = "auto"
     dtype: str = "auto"
-    quantization: Literal["auto", "none", "int8", "int4"] = "auto"
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
     kv_cache_dtype: str = "auto"
     device: str = "auto"
     max_model_len: int | None = None
@@ -217,6 +217,7 @@ class LoadOptions:
     block_size: int = 16
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False  # no CUDA graphs
+    batch_invariant: bool = False  # on a GPU: a token's bits do not depend on its company
     kv_cache_memory_bytes: int | None = None
     generation_config: Literal["auto", "vllm"] = "auto"
     seed: int = 0  # of dummy weights

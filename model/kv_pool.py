@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.fp8 import FP8, FP8_MAX
 
 INT8_SCALE_BYTES = 4  # of a token's key or value in one head
-FP8_MAX = 448.0
 
 
 class KVPool:
@@ -61,7 +61,7 @@ class KVPool:
 
 
 def _write(pool: Tensor, slots: Tensor, heads: Tensor, scale: float) -> None:
-    if pool.dtype is torch.float8_e4m3fn:
+    if pool.dtype is FP8:
         heads = (heads.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX).to(pool.dtype)
         # torch has no index_copy_ for fp8, but bytes are bytes.
         pool, heads = pool.view(torch.uint8), heads.view(torch.uint8)
@@ -69,7 +69,7 @@ def _write(pool: Tensor, slots: Tensor, heads: Tensor, scale: float) -> None:
 
 
 def _read(pool: Tensor, slots: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    if pool.dtype is torch.float8_e4m3fn:
+    if pool.dtype is FP8:
         codes = pool.view(torch.uint8).index_select(1, slots).view(pool.dtype)
         return (codes.to(torch.float32) * scale).to(dtype)
     return pool.index_select(1, slots).to(dtype)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from model.attention.backend import Attend
 from model.config import ModelConfig
+from model.fp8 import Activations, Fp8Rows
 from model.kv_pool import KVPool
+from model.layers.fp8 import Fp8Linear
 from model.layers.linear import ROW_TILE, Linear, choose_tile_sizes
 from model.layers.rotary import RotaryEmbedding
 from model.network import StepInputs
@@ -19,12 +21,15 @@ from model.operations import TORCH, Operations
 
 Read = Callable[[str], Tensor]
 """Give a weight by its Hugging Face name, in the dtype and on the device of the network."""
+ReadFp8 = Callable[[str], Fp8Rows | None]
+"""Give a projection's weight in fp8 on that device; None where it is not to be in fp8."""
 
 
 class LlamaNetwork:
     """Network over torch tensors: the reference on any device, and the CUDA path.
 
-    `operations` says whether torch or Triton computes what lies between the products.
+    `operations` says whether torch or Triton computes what lies between the products. Projections
+    that `read_fp8` gives are multiplied in fp8; embedding, norms and head never are.
     """
 
     def __init__(
@@ -34,15 +39,21 @@ class LlamaNetwork:
         pool: KVPool,
         max_model_len: int,
         operations: Operations = TORCH,
+        read_fp8: ReadFp8 | None = None,
     ) -> None:
         self._embedding = read("model.embed_tokens.weight")
-        self._blocks = [Block(config, read, operations, at) for at in range(config.num_layers)]
-        self._norm = AddNorm(config, read, operations, "model.norm")
+        projections = Projections(read, read_fp8, operations, self._embedding.dtype)
+        self._blocks = [
+            Block(config, read, projections, operations, at) for at in range(config.num_layers)
+        ]
+        self._norm = read("model.norm.weight")
+        self._eps = config.rms_norm_eps
+        self._add_rms_norm = operations.add_rms_norm
         head = self._embedding if config.tie_word_embeddings else read("lm_head.weight")
-        self._head = Linear(head)
+        self._head = Linear(head, product=operations.product)
         rotary = RotaryEmbedding(config, max_model_len, self._embedding.device)
         self._attention = operations.attention(config, pool, rotary)
-        choose_tile_sizes([self._head, *(each for block in self._blocks for each in block.linears)])
+        choose_tile_sizes([self._head, *projections.linears])
 
     @property
     def row_tile(self) -> int:
@@ -54,7 +65,7 @@ class LlamaNetwork:
         delta = None
         for block in self._blocks:
             delta = block(delta, stream, attend)
-        return self._norm(delta, stream)
+        return self._add_rms_norm(delta, stream, self._norm, self._eps)
 
     def warm_up(self) -> None:
         """Run a step that writes nothing, so that kernels which are built at first use are built.
@@ -84,13 +95,25 @@ class Block:
     one pass over memory.
     """
 
-    def __init__(self, config: ModelConfig, read: Read, operations: Operations, layer: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        read: Read,
+        projections: "Projections",
+        operations: Operations,
+        layer: int,
+    ) -> None:
         prefix = f"model.layers.{layer}."
-        self._attention_norm = AddNorm(config, read, operations, prefix + "input_layernorm")
-        self._attention = Attention(config, read, layer)
-        self._mlp_norm = AddNorm(config, read, operations, prefix + "post_attention_layernorm")
-        self._mlp = MLP(config, read, operations, prefix + "mlp.")
-        self.linears = [*self._attention.linears, *self._mlp.linears]
+        self._attention = Attention(config, projections, layer)
+        self._mlp = MLP(config, projections, operations, prefix + "mlp.")
+        norms = [
+            AddNorm(read(prefix + name), config.rms_norm_eps, operations, feeds)
+            for name, feeds in (
+                ("input_layernorm.weight", self._attention.qkv),
+                ("post_attention_layernorm.weight", self._mlp.gate_up),
+            )
+        ]
+        self._attention_norm, self._mlp_norm = norms
 
     def __call__(self, delta: Tensor | None, stream: Tensor, attend: Attend) -> Tensor:
         """Add delta [T, hidden] to the residual stream in place; return the next delta."""
@@ -99,14 +122,17 @@ class Block:
 
 
 class AddNorm:
-    """Addition to the residual stream, and its normalisation."""
+    """Addition to the residual stream, and its normalisation, in the form that a product takes."""
 
-    def __init__(self, config: ModelConfig, read: Read, operations: Operations, name: str) -> None:
-        self._add_rms_norm = operations.add_rms_norm
-        self._weight = read(name + ".weight")
-        self._eps = config.rms_norm_eps
+    def __init__(
+        self, weight: Tensor, eps: float, operations: Operations, feeds: Linear | Fp8Linear
+    ) -> None:
+        is_fp8 = isinstance(feeds, Fp8Linear)
+        self._add_rms_norm = operations.fp8.add_rms_norm if is_fp8 else operations.add_rms_norm
+        self._weight = weight
+        self._eps = eps
 
-    def __call__(self, delta: Tensor | None, stream: Tensor) -> Tensor:
+    def __call__(self, delta: Tensor | None, stream: Tensor) -> Activations:
         """Add delta to the stream [T, hidden] in place; return it normalised."""
         return self._add_rms_norm(delta, stream, self._weight, self._eps)
 
@@ -114,43 +140,69 @@ class AddNorm:
 class Attention:
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245) with rotary positions."""
 
-    def __init__(self, config: ModelConfig, read: Read, layer: int) -> None:
+    def __init__(self, config: ModelConfig, projections: "Projections", layer: int) -> None:
         prefix = f"model.layers.{layer}.self_attn."
-        self._qkv = read_fused(read, prefix, ("q_proj", "k_proj", "v_proj"), config.attention_bias)
-        self._output = read_linear(read, prefix + "o_proj", config.attention_bias)
-        self.linears = [self._qkv, self._output]
+        self.qkv = projections.read(prefix, ("q_proj", "k_proj", "v_proj"), config.attention_bias)
+        self._output = projections.read(prefix, ("o_proj",), config.attention_bias)
         self._layer = layer
         self._head_dim = config.head_dim
 
-    def __call__(self, x: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, x: Activations, attend: Attend) -> Tensor:
         """Write K/V of x [T, hidden] and attend to it and to all before it."""
-        qkv = self._qkv(x).view(x.shape[0], -1, self._head_dim)
-        return self._output(attend(self._layer, qkv))
+        qkv = self.qkv(x)
+        return self._output(attend(self._layer, qkv.view(qkv.shape[0], -1, self._head_dim)))
 
 
 class MLP:
     """The feed-forward part: silu(gate x) * up x, then down."""
 
     def __init__(
-        self, config: ModelConfig, read: Read, operations: Operations, prefix: str
+        self, config: ModelConfig, projections: "Projections", operations: Operations, prefix: str
     ) -> None:
-        self._swiglu = operations.swiglu
-        self._gate_up = read_fused(read, prefix, ("gate_proj", "up_proj"), config.mlp_bias)
-        self._down = read_linear(read, prefix + "down_proj", config.mlp_bias)
-        self.linears = [self._gate_up, self._down]
+        self.gate_up = projections.read(prefix, ("gate_proj", "up_proj"), config.mlp_bias)
+        self._down = projections.read(prefix, ("down_proj",), config.mlp_bias)
+        is_fp8 = isinstance(self._down, Fp8Linear)
+        self._swiglu = operations.fp8.swiglu if is_fp8 else operations.swiglu
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         """Map x [T, hidden] to [T, hidden]."""
-        return self._down(self._swiglu(self._gate_up(x)))
+        return self._down(self._swiglu(self.gate_up(x)))
 
 
-def read_linear(read: Read, name: str, has_bias: bool) -> Linear:
-    """Read one projection."""
-    return Linear(read(name + ".weight"), read(name + ".bias") if has_bias else None)
+class Projections:
+    """Reads the matrices of the blocks, those with the same input as one, outputs side by side."""
 
+    def __init__(
+        self, read: Read, read_fp8: ReadFp8 | None, operations: Operations, dtype: torch.dtype
+    ) -> None:
+        self._read = read
+        self._read_fp8 = read_fp8
+        self._dtype = dtype
+        self._operations = operations
+        self.linears: list[Linear] = []  # those that are not in fp8
 
-def read_fused(read: Read, prefix: str, names: tuple[str, ...], has_bias: bool) -> Linear:
-    """Read projections of the same input as one, their outputs side by side."""
-    weight = torch.cat([read(f"{prefix}{name}.weight") for name in names])
-    bias = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if has_bias else None
-    return Linear(weight, bias)
+    def read(self, prefix: str, names: tuple[str, ...], has_bias: bool) -> Linear | Fp8Linear:
+        """Read one or several; in fp8 if each of them is."""
+        bias = None
+        if has_bias:
+            bias = torch.cat([self._read(f"{prefix}{name}.bias") for name in names])
+        weights = [f"{prefix}{name}.weight" for name in names]
+        if (rows := self._fp8_rows(weights)) is not None:
+            fp8 = self._operations.fp8
+            return Fp8Linear(
+                rows, bias, dtype=self._dtype, quantize=fp8.quantize, product=fp8.product
+            )
+        weight = torch.cat([self._read(name) for name in weights])
+        self.linears.append(Linear(weight, bias, self._operations.product))
+        return self.linears[-1]
+
+    def _fp8_rows(self, weights: list[str]) -> Fp8Rows | None:
+        """Read matrices in fp8 as one; None if one of them is not."""
+        parts = []
+        for name in weights:
+            part = self._read_fp8(name) if self._read_fp8 else None
+            if part is None:
+                return None
+            parts.append(part)
+        codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+        return Fp8Rows(codes, scales)

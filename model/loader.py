@@ -13,13 +13,15 @@ from model.cpu.library import Library
 from model.cpu.network import NativeNetwork, Sizes
 from model.cpu.threads import available_threads
 from model.errors import ConfigError
+from model.fp8 import Fp8Rows
 from model.graphs import CudaGraphRecorder
 from model.kv_pool import KVPool
+from model.layers.fp8 import Quantize, scaled_product, why_no_scaled_product
 from model.llama import LlamaNetwork
 from model.memory import MemoryPlan, plan_memory
 from model.network import Network
 from model.operations import choose_operations, runs_kernels
-from model.precision import DTYPES, KV_DTYPES, Precision, choose_precision
+from model.precision import DTYPES, KV_DTYPES, Precision, choose_precision, is_in_fp8
 from model.runner import ModelRunner
 from model.step import Runner, RunnerLimits
 from model.tokenizer import Tokenizer
@@ -151,6 +153,22 @@ class _Reader:
             self._count(name)
         return packed
 
+    def fp8(self, name: str, device: torch.device, quantize: Quantize) -> Fp8Rows:
+        """Return a matrix in fp8 on a device: as the file has it, or quantised there."""
+        store = self._checkpoint.fp8
+        rows = store.rows(name) if store else None
+        if rows is None:
+            return quantize(self.read(name).to(device).contiguous())
+        self._count(name)
+        return Fp8Rows(rows.codes.to(device), rows.scales.to(device))
+
+    def is_in_fp8(self, name: str) -> bool:
+        return is_in_fp8(self._checkpoint, name)
+
+    def kv_scales(self) -> list[tuple[float, float]]:
+        """Return the scales of keys and values that an FP8 checkpoint brings; empty for others."""
+        return self._checkpoint.fp8.kv_scales() if self._checkpoint.fp8 else []
+
     def _count(self, name: str) -> None:
         self._num_done += self._checkpoint.stored_bytes(name)
         if self._progress is not None:
@@ -173,12 +191,23 @@ def _torch_network(
         dtype=KV_DTYPES[precision.kv_cache_dtype],
         device=device,
     )
+    if precision.kv_cache_dtype == "fp8" and (scales := weights.kv_scales()):
+        pool.key_scales, pool.value_scales = map(list, zip(*scales, strict=True))
+    operations = choose_operations(config, device, precision.is_batch_invariant)
+    is_fp8 = precision.quantization == "fp8"
+    is_torchs = operations.fp8.product is scaled_product
+    if is_fp8 and is_torchs and (reason := why_no_scaled_product(device)):
+        raise ConfigError(f"--quantization fp8: torch {torch.__version__} lacks it here: {reason}")
 
     def read(name: str) -> Tensor:
         return weights.read(name).to(device=device, dtype=dtype).contiguous()
 
-    operations = choose_operations(config, device)
-    network = LlamaNetwork(config, read, pool, plan.max_model_len, operations)
+    def read_fp8(name: str) -> Fp8Rows | None:
+        if not (is_fp8 and weights.is_in_fp8(name)):
+            return None
+        return weights.fp8(name, device, operations.fp8.quantize)
+
+    network = LlamaNetwork(config, read, pool, plan.max_model_len, operations, read_fp8)
     if device.type == "cuda":
         network.warm_up()
     return network
@@ -188,6 +217,7 @@ def _native_network(
     config: ModelConfig, precision: Precision, plan: MemoryPlan, weights: _Reader
 ) -> NativeNetwork:
     assert precision.library is not None
+    assert precision.quantization != "fp8"
     library = Library(precision.library, available_threads())
     # What torch still does is small, and its own waiting threads would hold up the native ones.
     torch.set_num_threads(1)

@@ -120,6 +120,7 @@ def load_options(args: argparse.Namespace, model: str, environment: Environment)
         block_size=args.block_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
+        batch_invariant=args.batch_invariant,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         generation_config=args.generation_config,
         seed=args.seed or 0,

@@ -21,9 +21,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     formats = ["auto", "safetensors", "gguf", "meta", "dummy"]
     add("--load-format", choices=formats, default="auto", help="dummy: random weights")
     add("--dtype", default="auto", help="float32, bfloat16 or float16: no quantization")
-    add("--quantization", "-q", choices=["auto", "none", "int8", "int4"], default="auto",
-        help="of weights, on a CPU; auto: int4 for 4-bit GGUF files, else int8")  # fmt: skip
-    kinds = ["auto", "int8", "float16", "bfloat16", "float32"]
+    schemes = ["auto", "none", "int8", "int4", "fp8"]
+    add("--quantization", "-q", choices=schemes, default="auto",
+        help="of weights; auto: int8 or int4 on a CPU, fp8 for FP8 files on a GPU")  # fmt: skip
+    kinds = ["auto", "int8", "fp8", "float16", "bfloat16", "float32"]
     add("--kv-cache-dtype", choices=kinds, default="auto", help="of keys and values")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--max-model-len", type=positive, help="longest prompt and completion together")
@@ -33,6 +34,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory-utilization", type=share, default=0.9, help="share of the GPU to use")
     add("--kv-cache-memory-bytes", type=positive, help="size of the K/V pool")
     add("--enforce-eager", action="store_true", help="no CUDA graphs, for debugging")
+    add("--batch-invariant", action="store_true",
+        help="on a GPU: bitwise the same answer in any batch, at a cost in speed")  # fmt: skip
     add("--generation-config", choices=["auto", "vllm"], default="auto",
         help="auto: sampling defaults from generation_config.json; vllm: OpenAI's")  # fmt: skip
     add("--chat-template", type=Path, help="file with a Jinja template")

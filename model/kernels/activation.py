@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8 import FP8, Fp8Rows
 from model.kernels.fp8 import fp8_operand, row_warps, store_quantized
 from model.kernels.launch import padded
 
@@ -51,11 +52,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return output
 
 
-def silu_mul_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_fp8(gate_up: Tensor) -> Fp8Rows:
     """Do the same and return what `quantize_fp8` would make of it: I up to 65,536."""
     assert gate_up.is_contiguous()
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    codes = torch.empty((num_rows, size), dtype=torch.float8_e4m3fn, device=gate_up.device)
+    codes = torch.empty((num_rows, size), dtype=FP8, device=gate_up.device)
     scales = torch.empty((num_rows, 1), dtype=torch.float32, device=gate_up.device)
     block = padded(size)
     silu_mul_fp8_kernel[(num_rows,)](
@@ -66,4 +67,4 @@ def silu_mul_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor]:
         BLOCK=block,
         num_warps=row_warps(block),
     )
-    return codes, scales
+    return Fp8Rows(codes, scales)

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8 import FP8, Fp8Rows
 from model.kernels.launch import converts_fp8, padded
-
-FP8_MAX = 448.0
 
 
 @triton.jit
@@ -85,13 +84,12 @@ def quantize_kernel(
     store_quantized(codes_ptr, scales_ptr, row, columns, x, mask, SIZE)
 
 
-def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return e4m3 codes [T, I] and scales [T, 1] (float32) of x [T, I]: x ~ codes * scales.
+def quantize_fp8(x: Tensor) -> Fp8Rows:
+    """Do what `quantize_rows` of model/fp8.py does to x [T, I], to the bit.
 
-    A row's largest magnitude becomes 448; a row of zeros has scale 1. One program holds a whole
-    row: I up to 65,536.
+    One program holds a whole row: I up to 65,536.
     """
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    codes = torch.empty(x.shape, dtype=FP8, device=x.device)
     scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
     size = x.shape[1]
     block = padded(size)
@@ -104,23 +102,12 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         BLOCK=block,
         num_warps=row_warps(block),
     )
-    return codes, scales
-
-
-def quantize_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Say in torch what `quantize_fp8` computes, to the bit."""
-    wide = x.to(torch.float32)
-    highest = wide.abs().amax(-1, keepdim=True)
-    highest = torch.where(highest > 0, highest, FP8_MAX)
-    # A number over a tensor would be the number times the reciprocal, rounded twice.
-    inverse = torch.full_like(highest, FP8_MAX) / highest
-    codes = (wide * inverse).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return codes, highest / FP8_MAX
+    return Fp8Rows(codes, scales)
 
 
 def fp8_operand(x: Tensor) -> Tensor:
     """Return x in the form in which this device's kernels take it, if x is fp8."""
-    if x.dtype is torch.float8_e4m3fn and not converts_fp8(x.device):
+    if x.dtype is FP8 and not converts_fp8(x.device):
         return x.view(torch.uint8)
     return x
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.fp8 import FP8, Fp8Rows
 from model.kernels.fp8 import fp8_operand, row_warps, store_quantized
 from model.kernels.launch import padded
 
@@ -51,14 +52,12 @@ def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: fl
     return output
 
 
-def add_rms_norm_fp8(
-    delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm_fp8(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Fp8Rows:
     """Do the same and return what `quantize_fp8` would make of the result, without the detour."""
-    codes = torch.empty(residual.shape, dtype=torch.float8_e4m3fn, device=residual.device)
+    codes = torch.empty(residual.shape, dtype=FP8, device=residual.device)
     scales = torch.empty((residual.shape[0], 1), dtype=torch.float32, device=residual.device)
     _launch(delta, residual, weight, eps, codes, scales)
-    return codes, scales
+    return Fp8Rows(codes, scales)
 
 
 def _launch(

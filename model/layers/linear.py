@@ -10,26 +10,37 @@ A float32 tile is computed as W x^T, in about half the time of x W^T for few row
 products are several times slower that way and take the other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from model.fp8 import Activations
+
 ROW_TILE = 16
 _LARGER_TILES = (128, 32)  # each a multiple of the next and of ROW_TILE
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x W^T + b of x [T, in], W [out, in] and b."""
+
 
 class Linear:
-    """y = x W^T + b, W of shape [out, in]."""
+    """y = x W^T + b, W of shape [out, in]; through `product` if one is given, else torch's."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, product: Product | None = None
+    ) -> None:
         self.weight = weight
         self.bias = bias
+        self.product = product
         self.tile_sizes: tuple[int, ...] = (ROW_TILE,)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map x [T, in] to [T, out]; on a CPU, T is a multiple of ROW_TILE."""
+    def __call__(self, x: Activations) -> Tensor:
+        """Map x [T, in], not in fp8, to [T, out]; on a CPU, T is a multiple of ROW_TILE."""
+        assert isinstance(x, Tensor)
+        if self.product is not None:
+            return self.product(x, self.weight, self.bias)
         if x.device.type != "cpu":
             return linear(x, self.weight, self.bias)
         y = torch.empty(x.shape[0], self.weight.shape[0], dtype=x.dtype)
@@ -55,7 +66,7 @@ def choose_tile_sizes(linears: Iterable[Linear]) -> None:
     """
     chosen: dict[torch.Size, tuple[int, ...]] = {}
     for layer in linears:
-        if layer.weight.device.type == "cpu":
+        if layer.weight.device.type == "cpu" and layer.product is None:
             shape = layer.weight.shape
             if shape not in chosen:
                 chosen[shape] = _safe_tile_sizes(layer.weight)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from model.config import GenerationDefaults, LoadOptions, ModelConfig
+from model.config import DTYPES, GenerationDefaults, LoadOptions, ModelConfig
 from model.errors import ConfigError, WeightsError
 from model.weights import meta
 from model.weights.dummy import DummyStore
 from model.weights.fields import Fields, read_json
+from model.weights.fp8 import Fp8Store, check_quantization
 from model.weights.gguf import read_gguf
 from model.weights.gguf_model import (
     GgufStore,
@@ -28,7 +29,7 @@ from model.weights.huggingface import (
     generation_from_hf,
     within_vocabulary,
 )
-from model.weights.safetensors import SafetensorsStore, weight_files
+from model.weights.safetensors import FP8, SafetensorsStore, weight_files
 from model.weights.source import resolve_model, resolve_tokenizer
 from model.weights.tensors import (
     EMBEDDING,
@@ -72,6 +73,11 @@ class Checkpoint:
     def packed(self, name: str) -> PackedTensor | None:
         """Return the quantised blocks of a matrix of a GGUF file, None where there are none."""
         return self.store.packed(name)
+
+    @property
+    def fp8(self) -> Fp8Store | None:
+        """The store of a checkpoint with matrices in fp8, None for any other."""
+        return self.store if isinstance(self.store, Fp8Store) else None
 
     def stored_bytes(self, name: str) -> int:
         """Return the size of one tensor as stored: what reading it adds to progress."""
@@ -161,9 +167,12 @@ def _open_safetensors(folder: Path, options: LoadOptions) -> _Opened:  # noqa: A
     config = config_from_hf(values, str(config_path))
     if not weight_files(folder):
         raise WeightsError(f"{folder}: has no safetensors file")
-    store = SafetensorsStore(folder)
+    stored = SafetensorsStore(folder)
+    store: TensorStore = stored
+    if any(info.dtype == FP8 for info in stored.infos.values()):
+        store = Fp8Store(stored, config, check_quantization(values, str(config_path)))
     embedding = store.infos.get(EMBEDDING)
-    if embedding and embedding.is_readable and not declared_dtype(values, str(config_path)):
+    if embedding and embedding.dtype in DTYPES and not declared_dtype(values, str(config_path)):
         config = replace(config, dtype=embedding.dtype)
     generation, ends = _generation(folder)
     return _Opened(config=config, store=store, generation=generation, eos_token_ids=ends)

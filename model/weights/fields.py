@@ -60,6 +60,10 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def names(self) -> list[str]:
+        """Return the names of all fields."""
+        return list(self._values)
+
     def fail(self, name: str, what: str) -> ConfigError:
         """Build the error for a field, to be raised by the caller."""
         return ConfigError(f"{self.where}: {self._prefix}{name} {what}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from model.config import DTYPES, ROPE_KINDS, GenerationDefaults, ModelConfig, RopeConfig, shown
 from model.errors import ConfigError
 from model.weights.fields import Fields
+from model.weights.fp8 import check_quantization
 
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")
 HF_NAMES = {
@@ -27,6 +28,7 @@ def config_from_hf(values: Mapping[str, object], where: str) -> ModelConfig:
     """Read and validate a config.json. Raises ConfigError."""
     fields = Fields(values, where)
     _refuse_other_models(fields)
+    check_quantization(values, where)
     vocab_size = fields.integer("vocab_size")
     heads = fields.integer("num_attention_heads")
     config = ModelConfig(
@@ -117,10 +119,6 @@ def _refuse_other_models(fields: Fields) -> None:
         raise fields.fail("architectures", f"are {shown(architectures)}, not {ARCHITECTURES[0]}")
     if not model_type and not architectures:
         raise fields.fail("model_type", "is missing")
-    quantization = fields.inner("quantization_config")
-    if quantization is not None:
-        method = quantization.text("quant_method", "an unnamed method")
-        raise fields.fail("quantization_config", f"asks for {shown(method)}, not supported")
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.fail("hidden_act", f"is {shown(activation)}; a Llama has silu")

@@ -20,6 +20,7 @@ from model.weights.tensors import PackedTensor, TensorInfo
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+FP8 = "F8_E4M3"  # readable only with the scales beside it, see model/weights/fp8.py
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
@@ -44,7 +45,8 @@ class SafetensorsStore:
         info = self._infos[name]
         if info.file not in self._mapped:
             self._mapped[info.file] = MappedFile(info.file)
-        dtype: torch.dtype = getattr(torch, info.dtype)
+        is_fp8 = info.dtype == FP8
+        dtype: torch.dtype = torch.float8_e4m3fn if is_fp8 else getattr(torch, info.dtype)
         return self._mapped[info.file].tensor(info.offset, dtype, info.shape)
 
     def packed(self, name: str) -> PackedTensor | None:  # noqa: ARG002

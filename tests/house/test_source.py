@@ -20,6 +20,7 @@ OPTIONS = frozenset(
         "--api-key",
         "--api-key-file",
         "--base-url",
+        "--batch-invariant",
         "--batch-size",
         "--block-size",
         "--body-timeout",

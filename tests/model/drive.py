@@ -8,31 +8,55 @@ import torch
 from torch import Tensor
 
 from model.config import LoadOptions, ModelConfig
+from model.fp8 import Fp8Rows
 from model.kv_pool import KVPool
 from model.llama import LlamaNetwork
 from model.network import Network
+from model.operations import TORCH, Operations
 from model.rows import Rows
 from model.step import NewRow, PlanRow, RunnerLimits, SamplingParams
 from model.weights.checkpoint import open_checkpoint
 
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 320
+CPU = torch.device("cpu")
 
 
 def load_network(
-    folder: Path, dtype: torch.dtype = torch.float32, num_blocks: int = 400
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    num_blocks: int = 400,
+    *,
+    operations: Operations = TORCH,
+    device: torch.device = CPU,
+    kv_dtype: torch.dtype | None = None,
+    is_fp8: bool = False,
 ) -> tuple[ModelConfig, LlamaNetwork]:
-    """Build the network of a checkpoint with a small pool."""
+    """Build the network of a checkpoint with a small pool; with `is_fp8` in W8A8."""
     checkpoint = open_checkpoint(LoadOptions(model=str(folder)))
     config = checkpoint.config
-    device = torch.device("cpu")
-    pool = KVPool(config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=dtype, device=device)
+    pool = KVPool(
+        config,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        dtype=kv_dtype or dtype,
+        device=device,
+    )
+
+    def read(name: str) -> Tensor:
+        return checkpoint.read(name).to(device, dtype).contiguous()
+
+    def read_fp8(name: str) -> Fp8Rows:
+        return operations.fp8.quantize(read(name))
+
     with torch.inference_mode():
         network = LlamaNetwork(
             config,
-            lambda name: checkpoint.read(name).to(dtype).contiguous(),
+            read,
             pool,
             min(MAX_MODEL_LEN, config.max_position_embeddings),
+            operations,
+            read_fp8 if is_fp8 else None,
         )
     return config, network
 
@@ -63,10 +87,16 @@ class Walk:
 class Schedule:
     """Steps over a network in which the test says who computes how many tokens."""
 
-    def __init__(self, config: ModelConfig, network: Network, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        network: Network,
+        seed: int = 0,
+        device: torch.device = CPU,
+    ) -> None:
         self._network = network
         limits = make_limits(config)
-        self._rows = Rows(limits, torch.device("cpu"))
+        self._rows = Rows(limits, device)
         self._free_rows = list(range(limits.max_num_seqs))
         self._free_blocks = list(range(limits.num_blocks))
         random.Random(seed).shuffle(self._free_blocks)
@@ -114,9 +144,11 @@ class Schedule:
 
 
 @torch.inference_mode()
-def logits_alone(config: ModelConfig, network: Network, token_ids: list[int]) -> Tensor:
+def logits_alone(
+    config: ModelConfig, network: Network, token_ids: list[int], device: torch.device = CPU
+) -> Tensor:
     """The logits [len, V] of a sequence computed alone, in one chunk."""
-    schedule = Schedule(config, network)
+    schedule = Schedule(config, network, device=device)
     walk = schedule.add(token_ids)
     schedule.step([(walk, len(token_ids))])
     return torch.stack(walk.logits)

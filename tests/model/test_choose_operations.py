@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.config import ModelConfig, RopeConfig
+from model.errors import ConfigError
 from model.operations import TORCH, choose_operations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +43,16 @@ def test_without_triton_a_card_computes_in_torch_and_the_log_says_so(monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choose_operations(CONFIG, torch.device("cuda")) is TORCH
     assert "triton is not installed" in caplog.text
+
+
+def test_batch_invariance_on_a_card_needs_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--batch-invariant needs Triton's kernels: triton is"):
+        choose_operations(CONFIG, torch.device("cuda"), is_invariant=True)
+
+
+def test_on_a_cpu_torch_is_invariant_anyway():
+    assert choose_operations(CONFIG, torch.device("cpu"), is_invariant=True) is TORCH
 
 
 def test_an_old_card_computes_in_torch(monkeypatch, caplog):

@@ -78,6 +78,24 @@ def perplexity(found: list[torch.Tensor], texts: list[list[int]]) -> float:
     return torch.cat(losses).mean().exp().item()
 
 
+def compare(
+    what: str, exact: list[torch.Tensor], found: list[torch.Tensor], texts: list[list[int]]
+) -> tuple[float, float, str]:
+    """Return the ratio of perplexities, the mean KL divergence, and a line that says it all."""
+    ratio = perplexity(found, texts) / perplexity(exact, texts)
+    divergences = [(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)]
+    divergence = torch.cat(divergences).mean().item()
+    pairs = zip(exact, found, strict=True)
+    same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in pairs]).float().mean().item()
+    report = (
+        f"{what}: perplexity {perplexity(exact, texts):.3f} -> "
+        f"{perplexity(found, texts):.3f} ({100 * (ratio - 1):+.2f} %), KL {divergence:.4f}, "
+        f"same top-1 {100 * same:.1f} %"
+    )
+    logging.getLogger(__name__).info(report)  # pytest --log-cli-level=INFO shows it
+    return ratio, divergence, report
+
+
 @pytest.mark.demo
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8], ids=["kv16", "kv8"])
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -85,16 +103,6 @@ def test_scheme_keeps_perplexity_within_a_percent(demo, library, quantization, k
     texts = windows(demo, 6 if full else 1)
     exact = logprobs(demo, library, "none", torch.float32, texts)
     found = logprobs(demo, library, quantization, kv_dtype, texts)
-    ratio = perplexity(found, texts) / perplexity(exact, texts)
-    divergences = [(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)]
-    divergence = torch.cat(divergences).mean().item()
-    pairs = zip(exact, found, strict=True)
-    same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in pairs]).float().mean().item()
-    report = (
-        f"{quantization}, {kv_dtype} K/V: perplexity {perplexity(exact, texts):.3f} -> "
-        f"{perplexity(found, texts):.3f} ({100 * (ratio - 1):+.2f} %), KL {divergence:.4f}, "
-        f"same top-1 {100 * same:.1f} %"
-    )
-    logging.getLogger(__name__).info(report)  # pytest --log-cli-level=INFO shows it
+    ratio, divergence, report = compare(f"{quantization}, {kv_dtype} K/V", exact, found, texts)
     assert ratio < 1.01, report
     assert divergence <= 0.01, report

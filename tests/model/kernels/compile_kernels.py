@@ -15,6 +15,7 @@ from triton.runtime import JITFunction, driver
 
 from model.attention.triton import TritonAttention
 from model.config import ModelConfig, RopeConfig
+from model.fp8 import quantize_rows
 from model.kernels import activation, fp8, matmul, norm, places
 from model.kernels.sample import sample_rows
 from model.kernels.score import score
@@ -113,6 +114,16 @@ def sampling(vocab_size: int) -> Callable[[], None]:
     return step
 
 
+def product_in_fp8(num_outputs: int, size: int) -> Callable[[], None]:
+    """The same in fp8."""
+
+    def step() -> None:
+        x, weight = (quantize_rows(torch.ones(rows, size)) for rows in (3, num_outputs))
+        matmul.invariant_scaled_product(x, weight, BF16)
+
+    return step
+
+
 def product(num_outputs: int, size: int, dtype: torch.dtype) -> Callable[[], None]:
     """The product of fixed tiles, with and without a bias."""
 
@@ -154,6 +165,7 @@ STEPS = {
     "sampling of 32000": sampling(32000),
     "invariant product": product(6144, 4096, BF16),
     "invariant product, float32": product(576, 576, FP32),
+    "invariant product, fp8": product_in_fp8(4096, 14336),
     "looking up": looking_up(2048),
     "hidden 576": elementwise(576, BF16),
     "hidden 4096": elementwise(4096, BF16),

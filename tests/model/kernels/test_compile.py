@@ -39,6 +39,7 @@ ESSENTIAL = [
     "hidden 4096",
     "sampling of 128256",
     "invariant product",
+    "invariant product, fp8",
     "looking up",
 ]
 ON_HOPPER = [*ESSENTIAL, "8B, invariant", "heads of 256"]

@@ -8,8 +8,10 @@ there a row keeps its place in the tile; on a card it may lie anywhere.
 import pytest
 import torch
 
+from model.fp8 import Fp8Rows, quantize_rows
 from model.kernels.launch import is_interpreted
-from model.kernels.matmul import BLOCK_M, invariant_linear
+from model.kernels.matmul import BLOCK_M, invariant_linear, invariant_scaled_product
+from model.layers.fp8 import scaled_product_reference
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [(1, 16, 16), (5, 40, 100), (64, 130, 64), (70, 24, 200)]  # rows, out, in
@@ -44,3 +46,26 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype, device, generat
         for at in places:
             x[at] = row[0]
             assert torch.equal(invariant_linear(x, weight)[at], alone[0]), (num_rows, at)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_product_in_fp8_equals_its_reference(dtype, device, generator):
+    for num_rows, num_outputs, size in SHAPES:
+        x, weight = (
+            quantize_rows(make(generator, device, torch.float32, rows, size))
+            for rows in (num_rows, num_outputs)
+        )
+        got = invariant_scaled_product(x, weight, dtype)
+        expected = scaled_product_reference(x, weight, dtype)
+        torch.testing.assert_close(got, expected, rtol=TOLERANCES[dtype], atol=1e-4)
+
+
+def test_a_row_in_fp8_has_the_same_bits_alone_and_in_any_company(device, generator):
+    weight = quantize_rows(make(generator, device, torch.float32, 48, 208))
+    rows = quantize_rows(make(generator, device, torch.float32, 70, 208))
+    alone = Fp8Rows(rows.codes[:1], rows.scales[:1])
+    expected = invariant_scaled_product(alone, weight, torch.bfloat16)
+    for num_rows in (2, 64, 70):
+        some = Fp8Rows(rows.codes[:num_rows], rows.scales[:num_rows])
+        got = invariant_scaled_product(some, weight, torch.bfloat16)
+        assert torch.equal(got[:1], expected), num_rows
