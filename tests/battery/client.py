@@ -193,6 +193,11 @@ class Server:
             num_children=sum(len(task.read_text().split()) for task in tasks),
         )
 
+    def peers(self) -> set[int]:
+        """The ports of the clients whose connections the server has not closed."""
+        connections = psutil.Process(self.process.pid).net_connections("tcp")
+        return {connection.raddr.port for connection in connections if connection.raddr}
+
     def canary(self) -> list[int]:
         answer = self.complete(CANARY)
         assert answer.status == 200, answer.body
