@@ -45,5 +45,6 @@ def ignored_header(body: WireModel) -> dict[str, str]:
     names = body.ignored_fields()
     if not names:
         return {}
-    safe = [re.sub("[^A-Za-z0-9.]", "_", name[:64]) for name in names[:MAX_IGNORED_SHOWN]]
+    # A name may be empty; a header may neither be nor end with a blank.
+    safe = [re.sub("[^A-Za-z0-9.]", "_", name[:64]) or "_" for name in names[:MAX_IGNORED_SHOWN]]
     return {"x-ignored-fields": ", ".join(safe)}

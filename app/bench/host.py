@@ -13,6 +13,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,6 +22,7 @@ import httpx
 from app.api.connections import EdgeConfig
 from app.bench.process import ServerProcess, free_port
 from app.cli import parse
+from app.cli.command import Command
 from app.engine.collector import settle_collector
 from app.factory import create_app
 from app.logs import set_up_logging
@@ -90,8 +92,8 @@ class TimedRunner:
         return StepResult(step_id=plan.step_id, rows=rows)
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Run the whole service, as `arriero serve` does, over a runner that only keeps time."""
+def load(args: argparse.Namespace) -> tuple[Command, LoadedModel]:
+    """Return a command line as `arriero serve` has it, and a model that only keeps time."""
     command = parse(
         ["serve", *([args.model] if args.model else []), "--port", str(args.port)],
         read_environment(),
@@ -103,6 +105,12 @@ def serve(args: argparse.Namespace) -> None:
     token_ids = tokenizer.encode(TEXT, add_special_tokens=False)
     runner = TimedRunner(token_ids, args.streams, vocab_size, args.step_ms / 1000)
     loaded = LoadedModel(info=inspect_model(command.load), runner=runner, tokenizer=tokenizer)
+    return command, loaded
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Run the whole service, as `arriero serve` does, over a runner that only keeps time."""
+    command, loaded = load(args)
     set_up_logging(command.server.log_level)
     context = make_context(command, loaded)
     settle_collector()
@@ -173,8 +181,8 @@ class Figures:
     num_expected: int
 
 
-def request_of(args: argparse.Namespace, port: int) -> bytes:
-    """The bytes of one request for `args.tokens` tokens as a stream."""
+def request_of(args: argparse.Namespace, port: int, headers: str = "") -> bytes:
+    """The bytes of one request for `args.tokens` tokens as a stream; header lines end in CRLF."""
     body: dict[str, object] = {"max_tokens": args.tokens, "stream": True, "ignore_eos": True}
     body |= {"temperature": 0}
     path = "/v1/completions"
@@ -185,6 +193,7 @@ def request_of(args: argparse.Namespace, port: int) -> bytes:
         body["prompt"] = PROMPT
     payload = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+    head += headers
     return head.encode() + b"content-length: %d\r\n\r\n" % len(payload) + payload
 
 
@@ -192,12 +201,22 @@ def _same(client: StreamClient) -> StreamClient:
     return client
 
 
-async def measure(args: argparse.Namespace, port: int, server: ServerProcess) -> Figures:
-    """Open all streams at once and read them to their ends."""
+def _no_headers(number: int) -> str:
+    del number
+    return ""
+
+
+async def measure(
+    args: argparse.Namespace,
+    port: int,
+    server: ServerProcess,
+    headers_of: Callable[[int], str] = _no_headers,
+) -> Figures:
+    """Open all streams at once and read them to their ends; more headers by a stream's number."""
     loop = asyncio.get_running_loop()
     tally = Tally()
-    request = request_of(args, port)
-    clients = [StreamClient(request, tally, args.streams) for _ in range(args.streams)]
+    requests = [request_of(args, port, headers_of(number)) for number in range(args.streams)]
+    clients = [StreamClient(request, tally, args.streams) for request in requests]
     for client in clients:
         await loop.create_connection(partial(_same, client), "127.0.0.1", port)
     await tally.all_open.wait()

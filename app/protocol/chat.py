@@ -28,7 +28,8 @@ def _to_text(value: object) -> str | None:
 
 _TEXT_PART_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"enum": ["text", "input_text"]}, "text": {"type": "string"}},
+    "required": ["type", "text"],
 }
 _CONTENT_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART_SCHEMA}, {"type": "null"}]

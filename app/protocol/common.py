@@ -116,12 +116,25 @@ def _strings(most: int) -> PlainValidator:
     return PlainValidator(check)
 
 
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_STRINGS_SCHEMA = {"type": "array", "items": {"type": "string"}}
+IDS_SCHEMA: Mapping[str, object] = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID - 1},
+}
+_STRING_SCHEMA: Mapping[str, object] = {"type": "string", "minLength": 1, "maxLength": 1024}
+_NULL_SCHEMA: Mapping[str, object] = {"type": "null"}
+
+
+def _strings_schema(most: int) -> dict[str, object]:
+    return {"type": "array", "items": _STRING_SCHEMA, "maxItems": most}
+
+
+_STOPS_SCHEMA = {"anyOf": [_STRING_SCHEMA, _strings_schema(MAX_STOPS), _NULL_SCHEMA]}
 # Validated by hand: pydantic collects every fault of a list unless told otherwise.
-TokenIds = Annotated[list[int], PlainValidator(check_token_ids), WithJsonSchema(_IDS_SCHEMA)]
-BadWords = Annotated[list[str], _strings(MAX_BAD_WORDS), WithJsonSchema(_STRINGS_SCHEMA)]
-Choices = Annotated[list[str], _strings(MAX_CHOICES), WithJsonSchema(_STRINGS_SCHEMA)]
+TokenIds = Annotated[list[int], PlainValidator(check_token_ids), WithJsonSchema(dict(IDS_SCHEMA))]
+BadWords = Annotated[
+    list[str], _strings(MAX_BAD_WORDS), WithJsonSchema(_strings_schema(MAX_BAD_WORDS))
+]
+Choices = Annotated[list[str], _strings(MAX_CHOICES), WithJsonSchema(_strings_schema(MAX_CHOICES))]
 
 
 def at_most(num_entries: int) -> BeforeValidator:
@@ -192,7 +205,7 @@ class SamplingFields(WireModel):
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(1024)] | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_to_stops)] = []
+    stop: Annotated[list[str], BeforeValidator(_to_stops), WithJsonSchema(_STOPS_SCHEMA)] = []
     stop_token_ids: TokenIds | None = None
     allowed_token_ids: TokenIds | None = None
     bad_words: BadWords | None = None

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from app.protocol.common import SamplingFields, check_token_ids
+from app.protocol.common import IDS_SCHEMA, SamplingFields, check_token_ids
 
 MAX_PROMPTS = 1024
 
@@ -36,13 +36,13 @@ def _to_ids(value: list[object]) -> list[int]:
     return check_token_ids(value, "prompt")
 
 
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_SOME_IDS_SCHEMA = {**IDS_SCHEMA, "minItems": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        _IDS_SCHEMA,
-        {"type": "array", "items": _IDS_SCHEMA},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        _SOME_IDS_SCHEMA,
+        {"type": "array", "items": _SOME_IDS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
     ]
 }
 

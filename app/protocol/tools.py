@@ -80,8 +80,13 @@ _FUNCTION_SCHEMA = {
     "type": "object",
     "properties": {
         "type": {"const": "function"},
-        "function": {"type": "object", "properties": {"name": {"type": "string"}}},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}},
+            "required": ["name"],
+        },
     },
+    "required": ["type", "function"],
 }
 _TOOL_CHOICE_SCHEMA = {
     "anyOf": [
@@ -95,10 +100,17 @@ _TOOL_CHOICE_SCHEMA = {
                     "type": "object",
                     "properties": {
                         "mode": {"enum": ["auto", "required"]},
-                        "tools": {"type": "array", "items": _FUNCTION_SCHEMA},
+                        "tools": {
+                            "type": "array",
+                            "items": _FUNCTION_SCHEMA,
+                            "minItems": 1,
+                            "maxItems": MAX_TOOLS,
+                        },
                     },
+                    "required": ["mode", "tools"],
                 },
             },
+            "required": ["type", "allowed_tools"],
         },
     ]
 }
@@ -111,7 +123,19 @@ def _null_is_empty(value: object) -> object:
     return [] if value is None else value
 
 
-# Not `| None`: pydantic's FailFast does not go into a union.
-_NULL_IS_EMPTY = BeforeValidator(_null_is_empty)
-Tools = Annotated[list[Tool], FailFast(), Field(max_length=MAX_TOOLS), _NULL_IS_EMPTY]
-ToolCalls = Annotated[list[ToolCall], FailFast(), Field(max_length=MAX_TOOLS), _NULL_IS_EMPTY]
+# Not `| None`: pydantic's FailFast does not go into a union. The document says it all the same.
+_AtMost = Field(max_length=MAX_TOOLS)
+_NullableTools = Annotated[list[Tool], _AtMost] | None
+_NullableCalls = Annotated[list[ToolCall], _AtMost] | None
+Tools = Annotated[
+    list[Tool],
+    FailFast(),
+    _AtMost,
+    BeforeValidator(_null_is_empty, json_schema_input_type=_NullableTools),
+]
+ToolCalls = Annotated[
+    list[ToolCall],
+    FailFast(),
+    _AtMost,
+    BeforeValidator(_null_is_empty, json_schema_input_type=_NullableCalls),
+]

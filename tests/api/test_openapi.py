@@ -2,10 +2,14 @@
 
 import jsonschema
 import pytest
+from pydantic import ValidationError
 
 from app.api.openapi import OPERATIONS, openapi_document
 from app.api.routes.static import PAGE_FILES
 from app.factory import create_app
+from app.protocol.chat import ChatMessage, ChatRequest
+from app.protocol.completions import CompletionRequest
+from app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from app.settings import ServerSettings
 from tests.api.serve import client_of, events, routes_of, run
 from tests.api.test_tools import TWO_CALLS, WEATHER
@@ -137,3 +141,26 @@ def test_every_field_of_a_body_has_a_type(operation):
     }
     for name, field in schema["properties"].items():
         assert field.keys() & {"type", "anyOf", "$ref", "enum", "allOf"}, name
+
+
+@pytest.mark.parametrize(
+    ("model", "needed"),
+    [
+        (ChatRequest, {"messages": [{"role": "user"}]}),
+        (ChatMessage, {"role": "user"}),
+        (CompletionRequest, {"prompt": "a"}),
+        (TokenizeRequest, {"prompt": "a"}),
+        (DetokenizeRequest, {"tokens": [1]}),
+    ],
+)
+def test_null_is_documented_where_it_is_taken_and_nowhere_else(model, needed):
+    for name, field in model.model_fields.items():
+        spelt = field.alias or name
+        body = {**needed, spelt: None}
+        try:
+            model.model_validate(body)
+        except ValidationError:
+            with pytest.raises(jsonschema.ValidationError):
+                check(body, model.__name__)
+        else:
+            check(body, model.__name__)

@@ -185,13 +185,17 @@ class Server:
 
     def vitals(self) -> Vitals:
         process = psutil.Process(self.process.pid)
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return Vitals(
             num_files=process.num_fds(),
             num_threads=process.num_threads(),
             resident=process.memory_info().rss,
-            num_children=sum(len(task.read_text().split()) for task in tasks),
+            num_children=len(process.children()),
         )
+
+    def peers(self) -> set[int]:
+        """The ports of the clients whose connections the server has not closed."""
+        connections = psutil.Process(self.process.pid).net_connections("tcp")
+        return {connection.raddr.port for connection in connections if connection.raddr}
 
     def canary(self) -> list[int]:
         answer = self.complete(CANARY)

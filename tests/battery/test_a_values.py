@@ -270,6 +270,8 @@ def test_a22_unknown_fields_are_named_and_change_nothing(live, url):
     assert "frobnicate" in answer.headers["x-ignored-fields"]
     assert len(answer.headers["x-ignored-fields"]) < 1000
     assert answer.json["choices"] == plain.json["choices"]
+    for nameless in ({"": 1}, {"a": 1, "": 1}, {"": 1, " ": 2}):  # no header ends with a blank
+        assert live.post(url, {**body, **nameless}).json["choices"] == plain.json["choices"]
     assert live.post(url, {**body, **{f"f{number}": 1 for number in range(10_000)}}).status == 200
 
 

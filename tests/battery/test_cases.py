@@ -9,13 +9,14 @@ from tests.battery.client import ROOT
 from tests.battery.report import case_of
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
+NO_CASES = {Path(__file__).name, "test_schemathesis.py"}  # the latter's is the whole document
 
 
 def test_every_case_has_a_test_and_every_test_a_case():
     functions = [
         node.name
         for path in FILES
-        if path.name != Path(__file__).name
+        if path.name not in NO_CASES
         for node in ast.parse(path.read_text("utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     ]
@@ -42,3 +43,13 @@ def test_security_maps_every_case_that_has_a_class_of_advisory():
             named |= set(ids[ids.index(first) : ids.index(last or first) + 1])
     # Behaviour that has no class of advisory: unknown fields, length against schema, clock, soak.
     assert set(CASES) - named == {"A22", "B08", "D19", "D22"}
+
+
+def test_security_names_files_that_exist_and_hold_tests():
+    named = set(re.findall(r"`(tests/[^`]+\.py)`", (ROOT / "SECURITY.md").read_text("utf-8")))
+    assert len(named) >= 10
+    for name in named - {"tests/fake_runner.py"}:  # what other tests run on
+        assert re.search(r"^(async )?def test_", (ROOT / name).read_text("utf-8"), re.MULTILINE), (
+            name
+        )
+    assert (ROOT / "tests/fake_runner.py").is_file()

@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import socket
-import struct
 from concurrent.futures import ThreadPoolExecutor
 
 from app.engine.blocks import BlockHasher
@@ -13,23 +13,14 @@ from tests.battery.client import (
     HEALTH_BYTES,
     OTHER_KEY,
     PATIENCE_S,
-    Server,
+    Vitals,
     post_bytes,
     streamed_ids,
 )
+from tests.battery.load import LONG, MixedLoad, leave
 from tests.engine.drive import Driver, make_limits
 
-LONG = {"max_tokens": 400, "ignore_eos": True, "temperature": 0}
 STORY = "the muleteer drives a train of pack llamas over the mountain and sings to them. " * 3
-
-
-def leave(server: Server, request: bytes, num_bytes: int) -> None:
-    """Send a request, take so much of its answer, and reset the connection."""
-    with server.connect() as client:
-        client.sendall(request)
-        while num_bytes > 0:
-            num_bytes -= len(client.recv(min(num_bytes, 4096))) or num_bytes
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def test_d01_clients_that_leave_streams_at_any_moment_leave_nothing_behind(live, full):
@@ -73,7 +64,6 @@ def test_d02_clients_that_leave_before_a_whole_answer_are_aborted_too(live, full
 
 def test_d03_readers_that_stall_are_ended_by_limit_and_hold_up_nobody(live, full):
     """A few ask for more than all buffers on the way hold, the others for less."""
-    num_files = live.vitals().num_files
     body = {"prompt": "a", "stream": True, "logprobs": 20, **LONG}
     wide, narrow = (post_bytes({**body, "n": n}, COMPLETIONS) for n in (16, 1))
     with contextlib.ExitStack() as stack:
@@ -85,11 +75,12 @@ def test_d03_readers_that_stall_are_ended_by_limit_and_hold_up_nobody(live, full
             client.connect(live.address)
             client.sendall(wide if number < 2 else narrow)
             stalled.append(client)
+        ports = {client.getsockname()[1] for client in stalled}
         alone = live.complete("witness", key=OTHER_KEY, **LONG).token_ids
         assert len(alone) == 400
         assert live.complete("witness", key=OTHER_KEY, **LONG).token_ids == alone
         live.wait(live.is_idle, 120)  # the engine has not waited for them
-        live.wait(lambda: live.vitals().num_files <= num_files)  # the limit: --body-timeout
+        live.wait(lambda: not ports & live.peers())  # the limit: --body-timeout
         for client in stalled[:2]:
             assert b"[DONE]" not in live.read_all(client)
 
@@ -227,37 +218,22 @@ def test_d10_nothing_is_shared_across_salts(live):
 
 
 def test_d22_mixed_load_with_aborts_and_faults_leaves_memory_flat(live, full):
-    """Rounds of all kinds at once; what a round leaves behind must not grow."""
-    randomness = random.Random(22)
-    alone = {f"soak {number}": live.complete(f"soak {number}").token_ids for number in range(8)}
+    """Rounds of all kinds at once; what a round leaves behind must not grow. See scripts/soak."""
+    load = MixedLoad(live, seed=22)
+    numbers = itertools.count()
 
-    def one(number: int) -> None:
-        kind, prompt = randomness.randrange(6), f"soak {number % 8}"
-        if kind == 0:
-            leave(
-                live,
-                post_bytes({"prompt": prompt, "stream": True, **LONG}, COMPLETIONS),
-                number % 900,
-            )
-        elif kind == 1:
-            assert live.complete(f"soak fault:{'raise' if number % 2 else 'nan'} x").status == 500
-        elif kind == 2:
-            assert live.chat(prompt, response_format={"type": "json_object"}).status == 200
-        elif kind == 3:
-            live.complete(prompt, temperature=9).check_refusal()
-        elif kind == 4:
-            assert streamed_ids(live.stream(prompt)) == alone[prompt]
-        else:
-            assert live.complete(prompt).token_ids == alone[prompt]
-
-    def round_of(count: int) -> int:
+    def round_of(count: int) -> Vitals:
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(one, range(count)))
-        live.wait(live.is_idle)
+            list(pool.map(load.one, itertools.islice(numbers, count)))
+        live.wait(live.is_idle)  # and all blocks are free
+        live.check_nothing_leaked()
         live.exchanges.clear()
-        return live.vitals().resident
+        return live.vitals()
 
     count = 5000 if full else 120
-    round_of(count)
-    second, third = round_of(count), round_of(count)
-    assert third < second + (16 << 20)
+    first, second, third = (round_of(count) for _ in range(3))
+    assert len(load.num_of) == 10
+    assert sum(load.num_of.values()) == 3 * count
+    assert third.resident < second.resident + (16 << 20)
+    assert third.num_threads <= first.num_threads + 1
+    assert third.num_files <= first.num_files + 8  # connections that are just being closed
