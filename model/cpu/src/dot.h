@@ -1,4 +1,4 @@
-/* Integer products of some rows of activations with a panel of weights: exact, so that order,
+/* Integer products of some rows of activations with panels of weights: exact, so that order,
  * company and instruction change nothing. A step covers 4 columns: 64 bytes hold 16 rows by 4.
  *
  * AVX-512 VNNI multiplies unsigned by signed bytes. int8 weights are stored with 128 added there,
@@ -14,49 +14,67 @@
 #include "simd.h"
 
 #define VECTORS (PANEL / LANES)
-#define MAX_TILE_ROWS 6 /* R is a constant where these are inlined, and at most this */
+#define MAX_TILE_ROWS 6 /* R and P are constants where these are inlined, and at most these */
+#if LANES == 16
+#define TILE_PANELS 2 /* a row's codes are loaded once for both, and 12 sums hide the latency */
+#else
+#define TILE_PANELS 1
+#endif
+#define TILE_VECTORS (TILE_PANELS * VECTORS)
 
 INLINE int32_t four_codes(const int8_t *codes) { int32_t v; memcpy(&v, codes, 4); return v; }
 
 #if LANES == 16 /* ------------------------------------------------------------- AVX-512 VNNI */
 
-INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
-                     const int32_t *sums, size_t sums_stride, int32_t steps, vi sum[][VECTORS]) {
-    __m512i s[MAX_TILE_ROWS];
-    for (int r = 0; r < R; r++) s[r] = _mm512_set1_epi32(-128 * sums[r * sums_stride]);
+INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                     const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
+                     int32_t steps, vi sum[][TILE_VECTORS]) {
+    __m512i s[MAX_TILE_ROWS][TILE_PANELS], w[TILE_PANELS];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) s[r][p] = _mm512_set1_epi32(-128 * sums[r * sums_stride]);
     for (int32_t k = 0; k < steps; k++) {
-        __m512i w = _mm512_loadu_si512(weights + k * 64);
+        for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(weights + p * panel_bytes + k * 64);
         for (int r = 0; r < R; r++) {
             __m512i a = _mm512_set1_epi32(four_codes(codes + r * stride + k * 4));
-            s[r] = _mm512_dpbusd_epi32(s[r], w, a);
+            for (int p = 0; p < P; p++) s[r][p] = _mm512_dpbusd_epi32(s[r][p], w[p], a);
         }
     }
-    for (int r = 0; r < R; r++) sum[r][0] = (vi)s[r];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) sum[r][p] = (vi)s[r][p];
 }
 
-INLINE void dot_int4(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
-                     vi sum[][VECTORS]) {
+INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                     const int8_t *codes, size_t stride, vi sum[][TILE_VECTORS]) {
     const __m512i low = _mm512_set1_epi8(15);
-    __m512i s[MAX_TILE_ROWS];
-    for (int r = 0; r < R; r++) s[r] = _mm512_setzero_si512();
+    __m512i s[MAX_TILE_ROWS][TILE_PANELS], w0[TILE_PANELS], w1[TILE_PANELS];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) s[r][p] = _mm512_setzero_si512();
     for (int32_t k = 0; k < 4; k++) {
-        __m512i both = _mm512_loadu_si512(weights + k * 64);
-        __m512i w0 = _mm512_and_si512(both, low);
-        __m512i w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        for (int p = 0; p < P; p++) {
+            __m512i both = _mm512_loadu_si512(weights + p * panel_bytes + k * 64);
+            w0[p] = _mm512_and_si512(both, low);
+            w1[p] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        }
         for (int r = 0; r < R; r++) {
             const int8_t *a = codes + r * stride + k * 4;
-            s[r] = _mm512_dpbusd_epi32(s[r], w0, _mm512_set1_epi32(four_codes(a)));
-            s[r] = _mm512_dpbusd_epi32(s[r], w1, _mm512_set1_epi32(four_codes(a + 16)));
+            __m512i a0 = _mm512_set1_epi32(four_codes(a));
+            __m512i a1 = _mm512_set1_epi32(four_codes(a + 16));
+            for (int p = 0; p < P; p++) {
+                s[r][p] = _mm512_dpbusd_epi32(s[r][p], w0[p], a0);
+                s[r][p] = _mm512_dpbusd_epi32(s[r][p], w1[p], a1);
+            }
         }
     }
-    for (int r = 0; r < R; r++) sum[r][0] = (vi)s[r];
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) sum[r][p] = (vi)s[r][p];
 }
 
 #elif LANES == 8 /* -------------------------------------------------------------------- AVX2 */
 
-INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
-                     const int32_t *sums, size_t sums_stride, int32_t steps, vi sum[][VECTORS]) {
-    (void)sums, (void)sums_stride;
+INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                     const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
+                     int32_t steps, vi sum[][TILE_VECTORS]) {
+    (void)P, (void)panel_bytes, (void)sums, (void)sums_stride;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i s[MAX_TILE_ROWS][2];
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
@@ -76,8 +94,9 @@ INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, s
         for (int v = 0; v < 2; v++) sum[r][v] = (vi)s[r][v];
 }
 
-INLINE void dot_int4(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
-                     vi sum[][VECTORS]) {
+INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                     const int8_t *codes, size_t stride, vi sum[][TILE_VECTORS]) {
+    (void)P, (void)panel_bytes;
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     __m256i s[MAX_TILE_ROWS][2];
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
@@ -100,9 +119,10 @@ INLINE void dot_int4(const int R, const uint8_t *weights, const int8_t *codes, s
 
 #else /* -------------------------------------------------------------------------- portable */
 
-INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
-                     const int32_t *sums, size_t sums_stride, int32_t steps, vi sum[][VECTORS]) {
-    (void)sums, (void)sums_stride;
+INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                     const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
+                     int32_t steps, vi sum[][TILE_VECTORS]) {
+    (void)P, (void)panel_bytes, (void)sums, (void)sums_stride;
     int32_t s[MAX_TILE_ROWS][PANEL];
     memset(s, 0, sizeof s);
     for (int32_t k = 0; k < steps; k++)
@@ -113,8 +133,9 @@ INLINE void dot_int8(const int R, const uint8_t *weights, const int8_t *codes, s
     memcpy(sum, s, (size_t)R * sizeof s[0]);
 }
 
-INLINE void dot_int4(const int R, const uint8_t *weights, const int8_t *codes, size_t stride,
-                     vi sum[][VECTORS]) {
+INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                     const int8_t *codes, size_t stride, vi sum[][TILE_VECTORS]) {
+    (void)P, (void)panel_bytes;
     int32_t s[MAX_TILE_ROWS][PANEL];
     memset(s, 0, sizeof s);
     for (int32_t k = 0; k < 4; k++)

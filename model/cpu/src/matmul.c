@@ -35,26 +35,30 @@ INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, 
 }
 
 INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
-                         int32_t panel, float *out, int32_t stride, const int is_int4) {
+                         int32_t panel, const int P, float *out, int32_t stride,
+                         const int is_int4) {
     int32_t groups = m->padded_cols / m->group;
     size_t group_bytes = (size_t)m->group * PANEL / (is_int4 ? 2 : 1);
-    const uint8_t *weights = (const uint8_t *)m->weights + (size_t)panel * groups * group_bytes;
-    const uint16_t *scales = m->scales + (size_t)panel * groups * PANEL;
-    const uint16_t *minima = m->minima + (is_int4 ? (size_t)panel * groups * PANEL : 0);
+    size_t panel_bytes = groups * group_bytes, panel_scales = (size_t)groups * PANEL;
+    const uint8_t *weights = (const uint8_t *)m->weights + panel * panel_bytes;
+    const uint16_t *scales = m->scales + panel * panel_scales;
+    const uint16_t *minima = m->minima + (is_int4 ? panel * panel_scales : 0);
     const int8_t *codes = rows->codes + (size_t)first * m->padded_cols;
     const float *row_scales = rows->scales + (size_t)first * groups;
     const int32_t *row_sums = rows->sums + (size_t)first * groups;
-    vf sum[TILE_ROWS][VECTORS];
+    vf sum[TILE_ROWS][TILE_VECTORS];
     memset(sum, 0, sizeof sum);
     for (int32_t g = 0; g < groups; g++) {
-        vi dot[TILE_ROWS][VECTORS];
+        vi dot[TILE_ROWS][TILE_VECTORS];
         const uint8_t *w = weights + g * group_bytes;
         const int8_t *a = codes + (size_t)g * m->group;
-        if (is_int4) dot_int4(R, w, a, m->padded_cols, dot);
-        else dot_int8(R, w, a, m->padded_cols, row_sums + g, groups, m->group / 4, dot);
-        for (int v = 0; v < VECTORS; v++) {
-            vf scale = load_half(scales + g * PANEL + v * LANES);
-            vf minimum = is_int4 ? load_half(minima + g * PANEL + v * LANES) : (vf){0};
+        if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, dot);
+        else dot_int8(R, P, w, panel_bytes, a, m->padded_cols, row_sums + g, groups, m->group / 4,
+                      dot);
+        for (int v = 0; v < P * VECTORS; v++) {
+            size_t at = v / VECTORS * panel_scales + (size_t)g * PANEL + v % VECTORS * LANES;
+            vf scale = load_half(scales + at);
+            vf minimum = is_int4 ? load_half(minima + at) : (vf){0};
             for (int r = 0; r < R; r++) {
                 float row_scale = row_scales[(size_t)r * groups + g];
                 vf value = __builtin_convertvector(dot[r][v], vf);
@@ -67,46 +71,53 @@ INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const
         }
     }
     for (int r = 0; r < R; r++)
-        finish(m, panel, sum[r], m->factor, out + (size_t)r * stride);
+        for (int p = 0; p < P; p++)
+            finish(m, panel + p, sum[r] + p * VECTORS, m->factor,
+                   out + (size_t)r * stride + p * PANEL);
 }
 
 INLINE void float_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
-                       int32_t panel, float *out, int32_t stride) {
-    const float *weights = (const float *)m->weights + (size_t)panel * m->cols * PANEL;
+                       int32_t panel, const int P, float *out, int32_t stride) {
+    size_t panel_floats = (size_t)m->cols * PANEL;
+    const float *weights = (const float *)m->weights + panel * panel_floats;
     const float *x = rows->floats + (size_t)first * rows->stride;
-    vf sum[TILE_ROWS][VECTORS];
+    vf sum[TILE_ROWS][TILE_VECTORS];
     memset(sum, 0, sizeof sum);
     for (int32_t k = 0; k < m->cols; k++) {
-        vf w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) w[v] = load(weights + (size_t)k * PANEL + v * LANES);
+        vf w[TILE_VECTORS];
+        for (int v = 0; v < P * VECTORS; v++)
+            w[v] = load(weights + v / VECTORS * panel_floats + (size_t)k * PANEL +
+                        v % VECTORS * LANES);
         for (int r = 0; r < R; r++) {
             vf a = broadcast(x[(size_t)r * rows->stride + k]);
-            for (int v = 0; v < VECTORS; v++) sum[r][v] = fma_(a, w[v], sum[r][v]);
+            for (int v = 0; v < P * VECTORS; v++) sum[r][v] = fma_(a, w[v], sum[r][v]);
         }
     }
-    for (int r = 0; r < R; r++) finish(m, panel, sum[r], 1.0f, out + (size_t)r * stride);
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++)
+            finish(m, panel + p, sum[r] + p * VECTORS, 1.0f, out + (size_t)r * stride + p * PANEL);
 }
 
 INLINE void tile(const Matrix *m, const Rows *rows, int32_t first, const int R, int32_t panel,
-                 float *out, int32_t stride) {
-    if (m->kind == WEIGHTS_INT8) integer_tile(m, rows, first, R, panel, out, stride, 0);
-    else if (m->kind == WEIGHTS_INT4) integer_tile(m, rows, first, R, panel, out, stride, 1);
-    else float_tile(m, rows, first, R, panel, out, stride);
+                 const int P, float *out, int32_t stride) {
+    if (m->kind == WEIGHTS_INT8) integer_tile(m, rows, first, R, panel, P, out, stride, 0);
+    else if (m->kind == WEIGHTS_INT4) integer_tile(m, rows, first, R, panel, P, out, stride, 1);
+    else float_tile(m, rows, first, R, panel, P, out, stride);
 }
 
-static void multiply_panel(const Matrix *m, const Rows *rows, int32_t num_rows, int32_t panel,
-                           float *out, int32_t stride) {
+INLINE void multiply_panels(const Matrix *m, const Rows *rows, int32_t num_rows, int32_t panel,
+                            const int P, float *out, int32_t stride) {
     int32_t first = 0;
     for (; first + TILE_ROWS <= num_rows; first += TILE_ROWS)
-        tile(m, rows, first, TILE_ROWS, panel, out + (size_t)first * stride, stride);
+        tile(m, rows, first, TILE_ROWS, panel, P, out + (size_t)first * stride, stride);
     float *rest = out + (size_t)first * stride;
     switch (num_rows - first) {
-        case 1: tile(m, rows, first, 1, panel, rest, stride); break;
-        case 2: tile(m, rows, first, 2, panel, rest, stride); break;
-        case 3: tile(m, rows, first, 3, panel, rest, stride); break;
+        case 1: tile(m, rows, first, 1, panel, P, rest, stride); break;
+        case 2: tile(m, rows, first, 2, panel, P, rest, stride); break;
+        case 3: tile(m, rows, first, 3, panel, P, rest, stride); break;
 #if TILE_ROWS == 6
-        case 4: tile(m, rows, first, 4, panel, rest, stride); break;
-        case 5: tile(m, rows, first, 5, panel, rest, stride); break;
+        case 4: tile(m, rows, first, 4, panel, P, rest, stride); break;
+        case 5: tile(m, rows, first, 5, panel, P, rest, stride); break;
 #endif
     }
 }
@@ -117,12 +128,15 @@ static void run_task(void *context, int32_t task) {
     while (task >= job->first_task[part + 1]) part++;
     const Matrix *m = job->parts[part];
     int32_t panels = (m->rows + PANEL - 1) / PANEL, width = job->panels_per_task[part];
-    int32_t begin = (task - job->first_task[part]) * width;
-    int32_t end = begin + width < panels ? begin + width : panels;
-    for (int32_t panel = begin; panel < end; panel++) {
-        float *out = job->out + job->first_column[part] + (size_t)panel * PANEL;
-        multiply_panel(m, job->rows, job->num_rows, panel, out, job->stride);
-    }
+    int32_t panel = (task - job->first_task[part]) * width;
+    int32_t end = panel + width < panels ? panel + width : panels;
+    float *out = job->out + job->first_column[part];
+    for (; panel + TILE_PANELS <= end; panel += TILE_PANELS)
+        multiply_panels(m, job->rows, job->num_rows, panel, TILE_PANELS,
+                        out + (size_t)panel * PANEL, job->stride);
+    if (panel < end)
+        multiply_panels(m, job->rows, job->num_rows, panel, 1, out + (size_t)panel * PANEL,
+                        job->stride);
 }
 
 void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const *parts,
@@ -136,6 +150,7 @@ void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const 
         int64_t panel_bytes = (int64_t)m->padded_cols * PANEL * bits[m->kind] / 8;
         int32_t panels = (m->rows + PANEL - 1) / PANEL;
         int32_t width = (int32_t)((TASK_BYTES + panel_bytes - 1) / panel_bytes);
+        width = (width + TILE_PANELS - 1) / TILE_PANELS * TILE_PANELS;
         job.panels_per_task[p] = width;
         job.first_task[p + 1] = job.first_task[p] + (panels + width - 1) / width;
         job.first_column[p] = column;
