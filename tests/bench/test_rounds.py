@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from app.bench.gguf_file import interleaved, tensor_name
 from app.bench.peer import Launch, Model, Peer, PeerFault, Workplace
 from app.bench.rounds import Plan, Results, order_of, run_rounds
 from app.bench.shapes import Shape, read_tensors, tensor_shapes, words, write_checkpoint
 from app.bench.table import markdown
+from app.bench.vllm_cpu import write_w8a8
 from app.bench.workload import METRICS, Workload
 
 MODEL = Model(name="toy", vocab_size=400, first_id=300)
@@ -148,3 +150,20 @@ def test_gguf_names_and_order_of_rows():
     assert tensor_name("lm_head.weight") == "output.weight"
     rows = np.arange(8, dtype=np.float32)[:, None]
     assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_w8a8_checkpoint_keeps_its_weights_within_half_a_step(tmp_path):
+    shape = Shape(
+        name="toy", hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=64
+    )
+    source = write_checkpoint(shape, tmp_path / "bf16")
+    write_w8a8(source, tmp_path / "w8a8")
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "w8a8" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    scale = after[name + "_scale"]
+    assert scale.shape == (32, 1)
+    assert ((after[name] * scale - before[name].float()).abs() <= 0.501 * scale).all()
+    assert after["lm_head.weight"].equal(before["lm_head.weight"])
+    config = json.loads((tmp_path / "w8a8" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
