@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 
 from app.cli import build_parser
+from app.errors import ServiceError
 from app.protocol.chat import ChatRequest
 from app.protocol.common import HARMLESS, UNSUPPORTED
 from app.protocol.completions import CompletionRequest
+from app.serving.energy import GpuMeter
+from app.serving.metrics import RequestMetrics
+from tests.api.test_metrics import Nvml
+from tests.fake_engine import FakeEngine, says
 from tests.house.test_source import all_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +129,29 @@ def test_flags_that_a_document_names_exist(name):
     flags = flags_of((ROOT / "docs" / f"{name}.md").read_text("utf-8"))
     assert flags
     assert flags - elsewhere <= all_options(build_parser())
+
+
+@pytest.mark.parametrize("name", ["tuning", "operations"])
+def test_metrics_that_a_document_names_exist(name):
+    metrics = RequestMetrics("fake", FakeEngine(says("x")), GpuMeter(Nvml()))
+    metrics.count_error("overloaded")
+    known = set(re.findall(r"^# TYPE (\S+)", metrics.render().decode(), re.MULTILINE))
+    text = (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+    named = set(re.findall(r"`((?:vllm|arriero):[a-z_]+)", text))
+    assert named
+    assert named <= known
+
+
+def test_codes_that_troubleshooting_names_are_those_of_errors():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    rows = re.findall(r"^\| \d{3}[^|`]*`([a-z_]+)`", text, re.MULTILINE)
+    codes, kinds = set(), [ServiceError]
+    while kinds:
+        kind = kinds.pop()
+        codes.add(getattr(kind, "code", None))
+        kinds += kind.__subclasses__()
+    assert len(rows) > 2
+    assert set(rows) - {"param"} <= codes
 
 
 READING_ORDER = (
