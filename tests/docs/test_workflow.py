@@ -1,5 +1,7 @@
 """The workflow calls scripts that are there, and the issue forms are forms."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,15 @@ def test_workflow_does_nothing_but_call_what_a_user_can_call():
         if not command.startswith("docker build "):
             assert (ROOT / command).is_file()
     assert all(job["timeout-minutes"] <= 40 for job in jobs.values())
+    actions = [step["uses"] for job in jobs.values() for step in job["steps"] if "uses" in step]
+    assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", action) for action in actions)
+
+
+def test_workflow_starts_with_the_oldest_python_that_installs():
+    jobs = load("workflows/ci.yml")["jobs"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    versions = jobs["test"]["strategy"]["matrix"]["python"]
+    assert project["requires-python"] == f">={versions[0]}"
 
 
 @pytest.mark.parametrize("name", ["bug.yml", "feature.yml"])
