@@ -103,7 +103,8 @@ static void add_last_values(State *s, int32_t row, const void *values, size_t at
 
 INLINE void accumulate(State *s, int32_t row, const int R, const void *values, size_t at,
                        int32_t dim, int32_t offset, int32_t count, const int kind) {
-    const int V = R == 1 ? 4 : 2; /* enough sums at once to hide the latency of adding */
+    /* Enough sums at once to hide the latency of adding, and no more than there are registers. */
+    const int V = R == 1 || LANES == 16 ? 4 : 2;
     int32_t i = 0;
     for (; i + V * LANES <= dim; i += V * LANES)
         add_values(s, row, R, values, at, dim, i, V, offset, count, kind);
@@ -171,8 +172,11 @@ INLINE void attend(const Attention *job, State *s, const int64_t *table, int32_t
             at[t] = (size_t)(slot / TILE * m->kv_stride + kv_head * m->kv_head_stride);
         }
         for (; row + TOGETHER <= s->num_rows; row += TOGETHER)
-            for (int32_t t = 0; t < num_tiles; t++)
-                score(s, row, TOGETHER, keys, at + t, 1, dim, t * TILE, scale, kind);
+            if (LANES == 16 && num_tiles == BLOCK_TILES)
+                score(s, row, TOGETHER, keys, at, BLOCK_TILES, dim, 0, scale, kind);
+            else
+                for (int32_t t = 0; t < num_tiles; t++)
+                    score(s, row, TOGETHER, keys, at + t, 1, dim, t * TILE, scale, kind);
         for (; row < s->num_rows; row++)
             if (num_tiles == BLOCK_TILES)
                 score(s, row, 1, keys, at, BLOCK_TILES, dim, 0, scale, kind);

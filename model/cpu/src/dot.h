@@ -26,6 +26,17 @@ INLINE int32_t four_codes(const int8_t *codes) { int32_t v; memcpy(&v, codes, 4)
 
 #if LANES == 16 /* ------------------------------------------------------------- AVX-512 VNNI */
 
+/* Sums and the dot products of unsigned with signed bytes. The intrinsic has GCC 12 copy each sum to
+ * another register and back in every step of a loop, which costs a third of the speed. */
+INLINE __m512i add_dots(__m512i sums, __m512i bytes, __m512i codes) {
+#ifdef EMULATED
+    return _mm512_dpbusd_epi32(sums, bytes, codes);
+#else
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(codes));
+    return sums;
+#endif
+}
+
 INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
                      const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
                      int32_t steps, vi sum[][TILE_VECTORS]) {
@@ -33,10 +44,13 @@ INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t pa
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) s[r][p] = _mm512_set1_epi32(-128 * sums[r * sums_stride]);
     for (int32_t k = 0; k < steps; k++) {
+#pragma GCC unroll 2
         for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(weights + p * panel_bytes + k * 64);
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             __m512i a = _mm512_set1_epi32(four_codes(codes + r * stride + k * 4));
-            for (int p = 0; p < P; p++) s[r][p] = _mm512_dpbusd_epi32(s[r][p], w[p], a);
+#pragma GCC unroll 2
+            for (int p = 0; p < P; p++) s[r][p] = add_dots(s[r][p], w[p], a);
         }
     }
     for (int r = 0; r < R; r++)
@@ -55,13 +69,15 @@ INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t pa
             w0[p] = _mm512_and_si512(both, low);
             w1[p] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const int8_t *a = codes + r * stride + k * 4;
             __m512i a0 = _mm512_set1_epi32(four_codes(a));
             __m512i a1 = _mm512_set1_epi32(four_codes(a + 16));
+#pragma GCC unroll 2
             for (int p = 0; p < P; p++) {
-                s[r][p] = _mm512_dpbusd_epi32(s[r][p], w0[p], a0);
-                s[r][p] = _mm512_dpbusd_epi32(s[r][p], w1[p], a1);
+                s[r][p] = add_dots(s[r][p], w0[p], a0);
+                s[r][p] = add_dots(s[r][p], w1[p], a1);
             }
         }
     }

@@ -27,6 +27,10 @@ typedef struct {
 /* Write sums [PANEL] of a row, scaled and biased; the last panel may be cut short. */
 INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, float *out) {
     int32_t first = panel * PANEL, width = m->rows - first < PANEL ? m->rows - first : PANEL;
+    if (width == PANEL && !m->bias) {
+        for (int v = 0; v < VECTORS; v++) store(out + v * LANES, sum[v] * broadcast(factor));
+        return;
+    }
     float row[PANEL];
     for (int v = 0; v < VECTORS; v++) store(row + v * LANES, sum[v] * broadcast(factor));
     if (m->bias)
@@ -47,7 +51,8 @@ INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const
     const float *row_scales = rows->scales + (size_t)first * groups;
     const int32_t *row_sums = rows->sums + (size_t)first * groups;
     vf sum[TILE_ROWS][TILE_VECTORS];
-    memset(sum, 0, sizeof sum);
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < P * VECTORS; v++) sum[r][v] = (vf){0};
     for (int32_t g = 0; g < groups; g++) {
         vi dot[TILE_ROWS][TILE_VECTORS];
         const uint8_t *w = weights + g * group_bytes;
@@ -105,20 +110,24 @@ INLINE void tile(const Matrix *m, const Rows *rows, int32_t first, const int R, 
     else float_tile(m, rows, first, R, panel, P, out, stride);
 }
 
+/* Take the rows some at a time, as evenly as it goes: a tile of two rows is no faster than of four. */
 INLINE void multiply_panels(const Matrix *m, const Rows *rows, int32_t num_rows, int32_t panel,
                             const int P, float *out, int32_t stride) {
     int32_t first = 0;
-    for (; first + TILE_ROWS <= num_rows; first += TILE_ROWS)
-        tile(m, rows, first, TILE_ROWS, panel, P, out + (size_t)first * stride, stride);
-    float *rest = out + (size_t)first * stride;
-    switch (num_rows - first) {
-        case 1: tile(m, rows, first, 1, panel, P, rest, stride); break;
-        case 2: tile(m, rows, first, 2, panel, P, rest, stride); break;
-        case 3: tile(m, rows, first, 3, panel, P, rest, stride); break;
+    for (int32_t left = (num_rows + TILE_ROWS - 1) / TILE_ROWS; left; left--) {
+        int32_t count = (num_rows - first + left - 1) / left;
+        float *to = out + (size_t)first * stride;
+        switch (count) {
+            case 1: tile(m, rows, first, 1, panel, P, to, stride); break;
+            case 2: tile(m, rows, first, 2, panel, P, to, stride); break;
+            case 3: tile(m, rows, first, 3, panel, P, to, stride); break;
+            case 4: tile(m, rows, first, 4, panel, P, to, stride); break;
 #if TILE_ROWS == 6
-        case 4: tile(m, rows, first, 4, panel, P, rest, stride); break;
-        case 5: tile(m, rows, first, 5, panel, P, rest, stride); break;
+            case 5: tile(m, rows, first, 5, panel, P, to, stride); break;
+            case 6: tile(m, rows, first, 6, panel, P, to, stride); break;
 #endif
+        }
+        first += count;
     }
 }
 

@@ -44,16 +44,16 @@ static void store_key_value(const Model *m, const Layer *layer, int64_t slot, co
                         m->head_dim, key, value);
             continue;
         }
-        for (int32_t i = 0; i < m->head_dim; i++) {
-            size_t key_at = first + (size_t)i * TILE + offset;
-            size_t value_at = first + (size_t)offset * m->head_dim + i;
-            if (m->kv_kind == KV_FLOAT16) {
-                ((uint16_t *)layer->keys)[key_at] = float_to_half(key[i]);
-                ((uint16_t *)layer->values)[value_at] = float_to_half(value[i]);
-            } else {
-                ((float *)layer->keys)[key_at] = key[i];
-                ((float *)layer->values)[value_at] = value[i];
-            }
+        size_t key_at = first + offset, value_at = first + (size_t)offset * m->head_dim;
+        if (m->kv_kind == KV_FLOAT16) {
+            uint16_t halves[MAX_HEAD_DIM], *to = (uint16_t *)layer->keys + key_at;
+            floats_to_halves(key, m->head_dim, halves);
+            for (int32_t i = 0; i < m->head_dim; i++) to[i * TILE] = halves[i];
+            floats_to_halves(value, m->head_dim, (uint16_t *)layer->values + value_at);
+        } else {
+            float *to = (float *)layer->keys + key_at;
+            for (int32_t i = 0; i < m->head_dim; i++) to[i * TILE] = key[i];
+            memcpy((float *)layer->values + value_at, value, (size_t)m->head_dim * sizeof(float));
         }
     }
 }

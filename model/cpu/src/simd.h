@@ -99,6 +99,15 @@ INLINE uint16_t float_to_half(float value) {
 #endif
 }
 
+INLINE void floats_to_halves(const float *from, int32_t count, uint16_t *to) {
+    int32_t i = 0;
+#if LANES >= 8
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+    for (; i < count; i++) to[i] = float_to_half(from[i]);
+}
+
 INLINE vf load_half(const uint16_t *from) {
 #if LANES == 16
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
