@@ -41,5 +41,8 @@ class Network(Protocol):
         ...
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return float32 logits [N, V] of some rows of hidden states, in `out` if that is given."""
+        """Return float32 logits [N, V] of some rows of hidden states, in `out` if that is given.
+
+        They may be written over by the next call.
+        """
         ...

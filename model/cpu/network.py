@@ -117,6 +117,7 @@ class NativeNetwork:
         )
         self._library = library  # whose threads the engine uses
         self._engine = library.create_engine(model)
+        self._logits = torch.empty(0, config.vocab_size)  # pages that are not new every step
 
     @property
     def row_tile(self) -> int:
@@ -146,11 +147,14 @@ class NativeNetwork:
         return hidden
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        logits = torch.empty(hidden.shape[0], self._config.vocab_size) if out is None else out
+        if out is None:
+            if hidden.shape[0] > len(self._logits):
+                self._logits = torch.empty(hidden.shape[0], self._config.vocab_size)
+            out = self._logits[: hidden.shape[0]]
         for start in range(0, hidden.shape[0], self._max_tokens):
             stop = start + self._max_tokens
-            self._engine.logits(hidden[start:stop].contiguous(), logits[start:stop])
-        return logits
+            self._engine.logits(hidden[start:stop].contiguous(), out[start:stop])
+        return out
 
 
 def check_support(config: ModelConfig, block_size: int) -> None:

@@ -137,7 +137,7 @@ class Schedule:
             self._rows.extend(plan_row)
             plan_rows.append(plan_row)
         inputs = self._rows.gather(tuple(plan_rows), self._network.row_tile).inputs
-        logits = self._network.compute_logits(self._network.forward(inputs))
+        logits = self._network.compute_logits(self._network.forward(inputs)).clone()
         for (walk, count), start in zip(work, inputs.query_starts[:-1], strict=True):
             walk.logits.extend(logits[start : start + count])
             walk.num_computed += count

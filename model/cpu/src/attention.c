@@ -1,7 +1,8 @@
 /* Paged attention with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
  *
  * A task is one key/value head and a few neighbouring tokens of one sequence: all their query
- * heads that share it read each K/V tile once. A row (one query head of one token) takes its keys
+ * heads that share it read each K/V tile once. Where a sequence has one token, a task is several
+ * K/V heads, which lie side by side in a tile. A row (one query head of one token) takes its keys
  * in blocks of 64 from position 0 on, and its sums over them in one order; rows never mix, so that
  * chunk borders, company and threads change no bit. Keys beyond a row's position weigh exactly 0,
  * and what lies beyond the last of the task's positions is not read at all.
@@ -16,6 +17,7 @@
 #define TILE_VECTORS (TILE / LANES)
 #define MAX_ROWS 32  /* of a task */
 #define TOGETHER 4   /* rows that share a load of a key or value */
+#define MIN_TASKS 16 /* that a step is cut into, if it has as many heads */
 
 typedef struct {
     const Model *model;
@@ -23,13 +25,13 @@ typedef struct {
     const Step *step;
     const float *qkv;
     float *out;
-    int32_t tokens_per_task;
+    int32_t tokens_per_task, heads_per_task; /* more than one of either is never both */
     int32_t *first_task; /* [S + 1], counted in runs of tokens */
 } Attention;
 
-/* The rows of a task, and where they have got to. */
+/* The rows of a task, K/V head by K/V head, and where they have got to. */
 typedef struct {
-    int32_t num_rows, last_position;
+    int32_t num_rows, rows_each, last_position;
     const float *query[MAX_ROWS];
     float *out[MAX_ROWS];
     int32_t position[MAX_ROWS];
@@ -146,13 +148,49 @@ static void soften(State *s, int32_t row, int32_t first_key, int32_t dim) {
 }
 
 /* weights[r][tile] *= scales of the tile's values. Garbage beyond the last position is not read. */
-static void weigh_by_scales(State *s, const void *values, size_t at, int32_t dim, int32_t offset) {
+static void weigh_by_scales(State *s, int32_t begin, int32_t end, const void *values, size_t at,
+                            int32_t dim, int32_t offset) {
     for (int v = 0; v < TILE_VECTORS; v++) {
         vf scales = load_kv_scales(values, at, dim, v * LANES);
-        for (int32_t row = 0; row < s->num_rows; row++) {
+        for (int32_t row = begin; row < end; row++) {
             float *weights = &s->weights[row][offset + v * LANES];
             store(weights, load(weights) * scales);
         }
+    }
+}
+
+/* The scores of one head's rows, from `row` on, with a block of keys. */
+INLINE void score_block(State *s, int32_t row, const void *keys, const size_t *tiles, size_t head,
+                        int32_t num_tiles, int32_t dim, float scale, const int kind) {
+    int32_t last = row + s->rows_each;
+    size_t at[BLOCK_TILES];
+    for (int32_t t = 0; t < num_tiles; t++) at[t] = tiles[t] + head;
+    for (; row + TOGETHER <= last; row += TOGETHER)
+        if (LANES == 16 && num_tiles == BLOCK_TILES)
+            score(s, row, TOGETHER, keys, at, BLOCK_TILES, dim, 0, scale, kind);
+        else
+            for (int32_t t = 0; t < num_tiles; t++)
+                score(s, row, TOGETHER, keys, at + t, 1, dim, t * TILE, scale, kind);
+    for (; row < last; row++)
+        if (num_tiles == BLOCK_TILES)
+            score(s, row, 1, keys, at, BLOCK_TILES, dim, 0, scale, kind);
+        else
+            for (int32_t t = 0; t < num_tiles; t++)
+                score(s, row, 1, keys, at + t, 1, dim, t * TILE, scale, kind);
+}
+
+/* The values of a block, weighted, to the sums of one head's rows, from `begin` on. */
+INLINE void add_block(State *s, int32_t begin, const void *values, const size_t *tiles,
+                      size_t head, int32_t num_keys, int32_t dim, const int kind) {
+    int32_t last = begin + s->rows_each;
+    for (int32_t key = 0; key < num_keys; key += TILE) {
+        size_t at = tiles[key / TILE] + head;
+        int32_t row = begin, count = num_keys - key < TILE ? num_keys - key : TILE;
+        if (kind == KV_INT8) weigh_by_scales(s, begin, last, values, at, dim, key);
+        for (; row + TOGETHER <= last; row += TOGETHER)
+            accumulate(s, row, TOGETHER, values, at, dim, key, count, kind);
+        for (; row < last; row++)
+            accumulate(s, row, 1, values, at, dim, key, count, kind);
     }
 }
 
@@ -171,40 +209,27 @@ INLINE void attend(const Attention *job, State *s, const int64_t *table, int32_t
             int64_t slot = table[key / m->block_size] * m->block_size + key % m->block_size;
             at[t] = (size_t)(slot / TILE * m->kv_stride + kv_head * m->kv_head_stride);
         }
-        for (; row + TOGETHER <= s->num_rows; row += TOGETHER)
-            if (LANES == 16 && num_tiles == BLOCK_TILES)
-                score(s, row, TOGETHER, keys, at, BLOCK_TILES, dim, 0, scale, kind);
-            else
-                for (int32_t t = 0; t < num_tiles; t++)
-                    score(s, row, TOGETHER, keys, at + t, 1, dim, t * TILE, scale, kind);
-        for (; row < s->num_rows; row++)
-            if (num_tiles == BLOCK_TILES)
-                score(s, row, 1, keys, at, BLOCK_TILES, dim, 0, scale, kind);
-            else
-                for (int32_t t = 0; t < num_tiles; t++)
-                    score(s, row, 1, keys, at + t, 1, dim, t * TILE, scale, kind);
+        for (int32_t begin = 0; begin < s->num_rows; begin += s->rows_each)
+            score_block(s, begin, keys, at, begin / s->rows_each * m->kv_head_stride, num_tiles,
+                        dim, scale, kind);
         for (row = 0; row < s->num_rows; row++) soften(s, row, first, dim);
-        for (int32_t t = 0; t < num_tiles; t++) {
-            int32_t left = end - first - t * TILE, count = left < TILE ? left : TILE;
-            if (kind == KV_INT8) weigh_by_scales(s, values, at[t], dim, t * TILE);
-            for (row = 0; row + TOGETHER <= s->num_rows; row += TOGETHER)
-                accumulate(s, row, TOGETHER, values, at[t], dim, t * TILE, count, kind);
-            for (; row < s->num_rows; row++)
-                accumulate(s, row, 1, values, at[t], dim, t * TILE, count, kind);
-        }
+        for (int32_t begin = 0; begin < s->num_rows; begin += s->rows_each)
+            add_block(s, begin, values, at, begin / s->rows_each * m->kv_head_stride, end - first,
+                      dim, kind);
     }
 }
 
-static void prepare(const Attention *job, State *s, int32_t begin, int32_t end, int32_t kv_head,
+/* Take up the query heads [head, head + heads_each) of some tokens. */
+static void prepare(const Attention *job, State *s, int32_t begin, int32_t end, int32_t head,
                     int32_t heads_each) {
     const Model *m = job->model;
     size_t width = (size_t)(m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
     s->num_rows = 0;
     for (int32_t token = begin; token < end; token++)
-        for (int32_t h = 0; h < heads_each; h++) {
-            int32_t head = kv_head + h, row = s->num_rows++;
-            s->query[row] = job->qkv + token * width + (size_t)head * m->head_dim;
-            s->out[row] = job->out + ((size_t)token * m->num_heads + head) * m->head_dim;
+        for (int32_t h = head; h < head + heads_each; h++) {
+            int32_t row = s->num_rows++;
+            s->query[row] = job->qkv + token * width + (size_t)h * m->head_dim;
+            s->out[row] = job->out + ((size_t)token * m->num_heads + h) * m->head_dim;
             s->position[row] = (int32_t)job->step->positions[token];
             s->maximum[row] = -INFINITY;
             s->total[row] = 0;
@@ -213,16 +238,17 @@ static void prepare(const Attention *job, State *s, int32_t begin, int32_t end, 
     s->last_position = s->position[s->num_rows - 1];
 }
 
-/* Query heads of one K/V head, at most MAX_ROWS rows at a time. */
+/* Query heads of some K/V heads, at most MAX_ROWS rows at a time. */
 static void attend_heads(const Attention *job, int32_t sequence, int32_t begin, int32_t end,
-                         int32_t kv_head) {
+                         int32_t kv_head, int32_t num_kv_heads) {
     const Model *m = job->model;
     const int64_t *table = job->step->block_tables + (size_t)sequence * job->step->blocks_per_sequence;
     int32_t group = m->num_heads / m->num_kv_heads;
     State s;
     for (int32_t h = 0; h < group; h += MAX_ROWS) {
         int32_t heads = group - h < MAX_ROWS ? group - h : MAX_ROWS;
-        prepare(job, &s, begin, end, kv_head * group + h, heads);
+        prepare(job, &s, begin, end, kv_head * group + h, heads * num_kv_heads);
+        s.rows_each = s.num_rows / num_kv_heads;
         if (m->kv_kind == KV_INT8) attend(job, &s, table, kv_head, KV_INT8);
         else if (m->kv_kind == KV_FLOAT16) attend(job, &s, table, kv_head, KV_FLOAT16);
         else attend(job, &s, table, kv_head, KV_FLOAT32);
@@ -234,26 +260,38 @@ static void attend_heads(const Attention *job, int32_t sequence, int32_t begin, 
 
 static void run_task(void *context, int32_t task) {
     const Attention *job = context;
-    int32_t run = task / job->model->num_kv_heads, kv_head = task % job->model->num_kv_heads;
+    const int32_t num_heads = job->model->num_kv_heads, width = job->heads_per_task;
+    int32_t parts = (num_heads + width - 1) / width;
+    int32_t run = task / parts, kv_head = task % parts * width;
     int32_t sequence = 0;
     while (run >= job->first_task[sequence + 1]) sequence++;
     int32_t first = job->step->query_starts[sequence], last = job->step->query_starts[sequence + 1];
     int32_t begin = first + (run - job->first_task[sequence]) * job->tokens_per_task;
     int32_t end = begin + job->tokens_per_task < last ? begin + job->tokens_per_task : last;
-    attend_heads(job, sequence, begin, end, kv_head);
+    int32_t heads = num_heads - kv_head < width ? num_heads - kv_head : width;
+    attend_heads(job, sequence, begin, end, kv_head, heads);
 }
 
 /* out [T, H * D] = attention of the step's queries to all K/V of their sequences. */
 void attention(Pool *pool, const Model *model, const Layer *layer, const Step *step,
                const float *qkv, float *out) {
-    int32_t group = model->num_heads / model->num_kv_heads;
+    int32_t group = model->num_heads / model->num_kv_heads, num_runs = step->num_sequences;
     int32_t first_task[step->num_sequences + 1];
-    Attention job = {model, layer, step, qkv, out, group < MAX_ROWS ? MAX_ROWS / group : 1,
+    Attention job = {model, layer, step, qkv, out, group < MAX_ROWS ? MAX_ROWS / group : 1, 1,
                      first_task};
+    if (step->num_tokens == step->num_sequences) {
+        /* Everybody has one token: as many heads a task as leaves enough tasks. */
+        int32_t most = job.tokens_per_task < model->num_kv_heads ? job.tokens_per_task
+                                                                 : model->num_kv_heads;
+        int32_t width = num_runs * model->num_kv_heads / MIN_TASKS;
+        job.heads_per_task = width < 1 ? 1 : width < most ? width : most;
+        job.tokens_per_task = 1;
+    }
     first_task[0] = 0;
     for (int32_t i = 0; i < step->num_sequences; i++) {
         int32_t tokens = step->query_starts[i + 1] - step->query_starts[i];
         first_task[i + 1] = first_task[i] + (tokens + job.tokens_per_task - 1) / job.tokens_per_task;
     }
-    parallel_for(pool, run_task, &job, first_task[step->num_sequences] * model->num_kv_heads);
+    int32_t parts = (model->num_kv_heads + job.heads_per_task - 1) / job.heads_per_task;
+    parallel_for(pool, run_task, &job, first_task[step->num_sequences] * parts);
 }

@@ -7,7 +7,8 @@
  */
 #include "dot.h"
 
-#define TASK_BYTES 16384 /* of weights: enough to pay for claiming a task */
+#define TASK_BYTES 131072 /* of weights: those of the first panels are not fetched ahead */
+#define MIN_TASKS 8       /* of a large matrix, so that threads end together */
 #define MAX_PARTS 3
 
 #if LANES == 16
@@ -40,11 +41,12 @@ INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, 
 
 INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
                          int32_t panel, const int P, float *out, int32_t stride,
-                         const int is_int4) {
+                         int32_t fetched, const int is_int4) {
     int32_t groups = m->padded_cols / m->group;
     size_t group_bytes = (size_t)m->group * PANEL / (is_int4 ? 2 : 1);
     size_t panel_bytes = groups * group_bytes, panel_scales = (size_t)groups * PANEL;
     const uint8_t *weights = (const uint8_t *)m->weights + panel * panel_bytes;
+    const uint8_t *next = fetched ? (const uint8_t *)m->weights + fetched * panel_bytes : NULL;
     const uint16_t *scales = m->scales + panel * panel_scales;
     const uint16_t *minima = m->minima + (is_int4 ? panel * panel_scales : 0);
     const int8_t *codes = rows->codes + (size_t)first * m->padded_cols;
@@ -57,9 +59,10 @@ INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const
         vi dot[TILE_ROWS][TILE_VECTORS];
         const uint8_t *w = weights + g * group_bytes;
         const int8_t *a = codes + (size_t)g * m->group;
-        if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, dot);
+        if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, next, dot);
         else dot_int8(R, P, w, panel_bytes, a, m->padded_cols, row_sums + g, groups, m->group / 4,
-                      dot);
+                      next, dot);
+        if (next) next += group_bytes;
         for (int v = 0; v < P * VECTORS; v++) {
             size_t at = v / VECTORS * panel_scales + (size_t)g * PANEL + v % VECTORS * LANES;
             vf scale = load_half(scales + at);
@@ -104,27 +107,31 @@ INLINE void float_tile(const Matrix *m, const Rows *rows, int32_t first, const i
 }
 
 INLINE void tile(const Matrix *m, const Rows *rows, int32_t first, const int R, int32_t panel,
-                 const int P, float *out, int32_t stride) {
-    if (m->kind == WEIGHTS_INT8) integer_tile(m, rows, first, R, panel, P, out, stride, 0);
-    else if (m->kind == WEIGHTS_INT4) integer_tile(m, rows, first, R, panel, P, out, stride, 1);
+                 const int P, float *out, int32_t stride, int32_t fetched) {
+    if (m->kind == WEIGHTS_INT8)
+        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, 0);
+    else if (m->kind == WEIGHTS_INT4)
+        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, 1);
     else float_tile(m, rows, first, R, panel, P, out, stride);
 }
 
-/* Take the rows some at a time, as evenly as it goes: a tile of two rows is no faster than of four. */
+/* Take the rows some at a time, as evenly as it goes: a tile of two rows is no faster than of four.
+ * The first waits for its weights; it and the next have those of the next panels on their way. */
 INLINE void multiply_panels(const Matrix *m, const Rows *rows, int32_t num_rows, int32_t panel,
-                            const int P, float *out, int32_t stride) {
-    int32_t first = 0;
-    for (int32_t left = (num_rows + TILE_ROWS - 1) / TILE_ROWS; left; left--) {
-        int32_t count = (num_rows - first + left - 1) / left;
+                            const int P, float *out, int32_t stride, int32_t end) {
+    int32_t first = 0, num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int32_t left = num_tiles; left; left--) {
+        int32_t count = (num_rows - first + left - 1) / left, fetched = panel + P + num_tiles - left;
+        if (num_tiles == 1 || num_tiles - left >= P || fetched >= end) fetched = 0;
         float *to = out + (size_t)first * stride;
         switch (count) {
-            case 1: tile(m, rows, first, 1, panel, P, to, stride); break;
-            case 2: tile(m, rows, first, 2, panel, P, to, stride); break;
-            case 3: tile(m, rows, first, 3, panel, P, to, stride); break;
-            case 4: tile(m, rows, first, 4, panel, P, to, stride); break;
+            case 1: tile(m, rows, first, 1, panel, P, to, stride, fetched); break;
+            case 2: tile(m, rows, first, 2, panel, P, to, stride, fetched); break;
+            case 3: tile(m, rows, first, 3, panel, P, to, stride, fetched); break;
+            case 4: tile(m, rows, first, 4, panel, P, to, stride, fetched); break;
 #if TILE_ROWS == 6
-            case 5: tile(m, rows, first, 5, panel, P, to, stride); break;
-            case 6: tile(m, rows, first, 6, panel, P, to, stride); break;
+            case 5: tile(m, rows, first, 5, panel, P, to, stride, fetched); break;
+            case 6: tile(m, rows, first, 6, panel, P, to, stride, fetched); break;
 #endif
         }
         first += count;
@@ -142,10 +149,10 @@ static void run_task(void *context, int32_t task) {
     float *out = job->out + job->first_column[part];
     for (; panel + TILE_PANELS <= end; panel += TILE_PANELS)
         multiply_panels(m, job->rows, job->num_rows, panel, TILE_PANELS,
-                        out + (size_t)panel * PANEL, job->stride);
+                        out + (size_t)panel * PANEL, job->stride, end);
     if (panel < end)
         multiply_panels(m, job->rows, job->num_rows, panel, 1, out + (size_t)panel * PANEL,
-                        job->stride);
+                        job->stride, end);
 }
 
 void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const *parts,
@@ -159,6 +166,7 @@ void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const 
         int64_t panel_bytes = (int64_t)m->padded_cols * PANEL * bits[m->kind] / 8;
         int32_t panels = (m->rows + PANEL - 1) / PANEL;
         int32_t width = (int32_t)((TASK_BYTES + panel_bytes - 1) / panel_bytes);
+        if (width > (panels + MIN_TASKS - 1) / MIN_TASKS) width = (panels + MIN_TASKS - 1) / MIN_TASKS;
         width = (width + TILE_PANELS - 1) / TILE_PANELS * TILE_PANELS;
         job.panels_per_task[p] = width;
         job.first_task[p + 1] = job.first_task[p] + (panels + width - 1) / width;
