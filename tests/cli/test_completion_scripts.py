@@ -42,7 +42,7 @@ def complete(*words: str) -> list[str]:
         (["arriero", "info", "--sys"], []),
         (["arriero", "nothing", "--x"], []),
         (["arriero", "bench", "e"], ["engine"]),
-        (["arriero", "bench", "engine", "--batch"], ["--batch-size"]),
+        (["arriero", "bench", "engine", "--batch-s"], ["--batch-size"]),
         (["arriero", "bench", "engine", "--load-format", "du"], ["dummy"]),
         (["arriero", "bench", "--batch"], []),
     ],

@@ -13,7 +13,6 @@ import torch
 
 from model.kernels.sample import sample_rows
 from model.kernels.score import score
-from model.rows import Samples
 from model.sampling.edits import SampleRow, forbid_by_masks
 from model.sampling.logprobs import chosen_logprobs
 from model.sampling.residents import ResidentDraws
@@ -155,14 +154,14 @@ def test_residents_are_drawn_from_the_table_unless_they_want_more_than_an_id(dev
     )
     logits = draw_logits(random.Random(6), 2, 200).to(device)
     where = torch.tensor([3, 0], device=device)
-    samples = Samples(rows=where, positions=where + 5, tokens=None)
     plan = [
         PlanRow(row=row, start=4, num_tokens=1, logits_from=4, sample=True) for row in (3, 0, 2)
     ]
-    sampled = draws.sample(logits, samples, plan[:2])
-    assert sampled.token_ids.tolist() == reference(logits, params[:2], [8, 5])[0]
+    assert draws.most(plan[:2]) == Draw.FILTERED
+    token_ids, _ = draws.draw(logits, where, where + 5, Draw.FILTERED)
+    assert token_ids.tolist() == reference(logits, params[:2], [8, 5])[0]
     assert draws.most(plan[1:2]) == Draw.PLAIN
-    assert draws.sample(logits, samples, plan) is None
+    assert draws.most(plan) is None
     assert draws.most([replace(plan[0], mask_slot=0)]) is None
     assert draws.most([replace(plan[2], sample=False)]) == Draw.GREEDY
 
