@@ -119,10 +119,9 @@ class DecodeGraphs:
         if self._recorder is None or self._clock() < self._not_before_s:
             return
         self._seen += [part for part in parts if part not in self._seen]
-        key = self._next(self.padded(num_rows), parts)
-        if key is None:
-            return
-        part, size = key
+        if len(self._replays) == len(self._seen) * len(self._sizes):
+            return  # all are there: this is asked after every step
+        part, size = key = self._next(self.padded(num_rows), parts)
         started_s = self._clock()
         self._clear()
         try:
@@ -145,10 +144,10 @@ class DecodeGraphs:
             self._not_before_s = -math.inf
             self.capture_next(self._sizes[-1], ())
 
-    def _next(self, wanted: int, parts: Sequence[Part]) -> tuple[Part, int] | None:
-        """Return what to capture next, None if nothing is missing."""
+    def _next(self, wanted: int, parts: Sequence[Part]) -> tuple[Part, int]:
+        """Return what to capture next; something is missing."""
         if not self._replays and parts:
             return parts[0], self._sizes[-1]
         needed = [(part, wanted) for part in parts]
         rest = [(part, size) for part in self._seen for size in reversed(self._sizes)]
-        return next((key for key in (*needed, *rest) if key not in self._replays), None)
+        return next(key for key in (*needed, *rest) if key not in self._replays)
