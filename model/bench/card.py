@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.bench.timing import num_copies, seconds_of
-
-FP8_CAPABILITY = (8, 9)
+from model.bench.timing import Call, num_copies, seconds_of
+from model.fp8 import FP8, Fp8Rows
+from model.layers.fp8 import CAPABILITY, scaled_product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ def measure_card(device: torch.device, *, copy_bytes: int = 2 << 30, side: int =
     product_s = seconds_of(_products(side, dtype, device), device)
     fp8 = None
     if has_fp8(device):
-        fp8 = flops / seconds_of(_fp8_products(side, device), device)
+        fp8 = flops / seconds_of([fp8_product(side, side, side, device)], device)
     return Card(
         name=torch.cuda.get_device_name(device) if is_cuda else "cpu",
         bytes_per_s=copy_bytes / copy_s,
@@ -47,31 +47,19 @@ def measure_card(device: torch.device, *, copy_bytes: int = 2 << 30, side: int =
 
 def has_fp8(device: torch.device) -> bool:
     """Whether the card multiplies matrices in fp8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
-def scaled_product(
-    x: Tensor, weight: Tensor, x_scales: Tensor, weight_scales: Tensor
-) -> Callable[[], Tensor]:
-    """Return the call that multiplies codes x [T, I] with weight [O, I] at row-wise scales."""
-
-    def call() -> Tensor:
-        return torch._scaled_mm(
-            x,
-            weight.t(),
-            scale_a=x_scales,
-            scale_b=weight_scales,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-
-    return call
+def fp8_product(num_rows: int, num_outputs: int, size: int, device: torch.device) -> Call:
+    """Return the call that multiplies random rows with a random weight, both in fp8."""
+    x, weight = _draw_fp8((num_rows, size), device), _draw_fp8((num_outputs, size), device)
+    return lambda: scaled_product(x, weight, torch.bfloat16)
 
 
-def draw_fp8(shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return random codes [N, I] and scales [N, 1] of one."""
-    codes = torch.randn(shape, device=device, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
-    return codes, torch.ones(shape[0], 1, device=device)
+def _draw_fp8(shape: tuple[int, int], device: torch.device) -> Fp8Rows:
+    """Return random codes and scales of one."""
+    codes = torch.randn(shape, device=device, dtype=torch.bfloat16).to(FP8)
+    return Fp8Rows(codes, torch.ones(shape[0], 1, device=device))
 
 
 def peak_bytes(device: str) -> dict[str, int]:
@@ -96,12 +84,6 @@ def _products(side: int, dtype: torch.dtype, device: torch.device) -> list[Calla
         return lambda: torch.mm(x, y)
 
     return [product() for _ in range(min(4, num_copies(2 * side * side * dtype.itemsize, device)))]
-
-
-def _fp8_products(side: int, device: torch.device) -> list[Callable[[], Tensor]]:
-    x, x_scales = draw_fp8((side, side), device)
-    weight, weight_scales = draw_fp8((side, side), device)
-    return [scaled_product(x, weight, x_scales, weight_scales.t())]
 
 
 def _software() -> str:

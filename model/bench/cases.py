@@ -6,12 +6,13 @@ A case makes its inputs afresh with every call of `make`; sizes are those of one
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from model.bench.card import draw_fp8, has_fp8, scaled_product
+from model.bench.card import fp8_product, has_fp8
 from model.bench.timing import Call
 from model.config import ModelConfig
 from model.operations import Operations
@@ -86,11 +87,6 @@ def _products(draw: Draw, num_tokens: int) -> Iterator[Case]:
         x, weight = draw.normal(num_tokens, inner), draw.normal(outer, inner)
         return lambda: linear(x, weight)
 
-    def make_fp8() -> Call:
-        x, scales = draw_fp8((num_tokens, inner), draw.device)
-        weight, weight_scales = draw_fp8((outer, inner), draw.device)
-        return scaled_product(x, weight, scales, weight_scales.t())
-
     moved = num_tokens * (inner + outer) + inner * outer
     size = f"{num_tokens} tokens"
     yield Case(
@@ -99,8 +95,8 @@ def _products(draw: Draw, num_tokens: int) -> Iterator[Case]:
     if has_fp8(draw.device):
         num_bytes = num_tokens * (inner + 2 * outer) + inner * outer
         yield Case(
-            name="gate_up product fp8", size=size, make=make_fp8, num_bytes=num_bytes,
-            flops=flops, is_fp8=True,
+            name="gate_up product fp8", size=size, num_bytes=num_bytes, flops=flops, is_fp8=True,
+            make=partial(fp8_product, num_tokens, outer, inner, draw.device),
         )  # fmt: skip
 
 

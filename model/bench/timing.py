@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 
+from model.graphs import CudaGraphRecorder
+
 Call = Callable[[], object]
 TARGET_S = 0.05  # of one measurement
 NUM_ROUNDS = 5
@@ -37,7 +39,8 @@ def seconds_of(calls: Sequence[Call], device: torch.device, *, is_captured: bool
         return _host_seconds(calls)
     torch.cuda.synchronize(device)
     count = _count_for(_card_seconds(lambda: _run(calls, MIN_CALLS)) / MIN_CALLS, len(calls))
-    once = _captured(calls, count) if is_captured else partial(_run, calls, count)
+    run = partial(_run, calls, count)
+    once = CudaGraphRecorder(device).capture(run) if is_captured else run
     once()
     return statistics.median(_card_seconds(once) for _ in range(NUM_ROUNDS)) / count
 
@@ -61,23 +64,6 @@ def _card_seconds(run: Call) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000
-
-
-def _captured(calls: Sequence[Call], count: int) -> Call:
-    """Return the replay of a graph of so many calls. Raises RuntimeError."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _run(calls, 2)  # libraries get their workspace of this stream
-        torch.cuda.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            _run(calls, count)
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
 
 
 def _host_seconds(calls: Sequence[Call]) -> float:

@@ -6,6 +6,8 @@ import torch
 import triton
 from triton.runtime import JITFunction
 
+from model.layers.fp8 import CAPABILITY
+
 
 @triton.jit
 def _probe():
@@ -20,7 +22,7 @@ def is_interpreted() -> bool:
 @functools.cache
 def converts_fp8(device: torch.device) -> bool:
     """Whether the hardware converts from and to float8_e4m3fn."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 @functools.cache
