@@ -1,12 +1,10 @@
 """Launches the kernels of model/kernels/sampling.py, one after the other, over logits."""
 
 import torch
-import triton
 from torch import Tensor
 
 from model.kernels.launch import is_interpreted
 from model.kernels.sampling import (
-    CHUNK,
     LEVELS,
     LIST_LEN,
     STATE_COLUMNS,
@@ -14,6 +12,7 @@ from model.kernels.sampling import (
     levels_kernel,
     maxima_kernel,
     pick_kernel,
+    splits_of,
     sums_kernel,
     threshold_kernel,
 )
@@ -33,8 +32,7 @@ def sample_rows(
     assert logits.dtype is torch.float32
     assert logits.stride(1) == 1
     num_rows, vocab_size = logits.shape
-    num_splits = triton.cdiv(vocab_size, CHUNK.value)
-    splits = max(2, triton.next_power_of_2(num_splits))
+    num_splits, splits = splits_of(vocab_size)
     shape = {"vocab_size": vocab_size, "num_splits": num_splits, "SPLITS": splits}
     options = {"num_warps": 8, "enable_fp_fusion": False}
     numeric = {"INTERPRETED": is_interpreted(), **options}

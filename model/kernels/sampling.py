@@ -53,6 +53,12 @@ _TARGET, _TOP_K, _LENGTH, _BASE_COUNT, _BASE_WEIGHT, _KEY, _TIES, _TIE_WEIGHT = 
 STATE_COLUMNS = tl.constexpr(8)
 
 
+def splits_of(vocab_size: int) -> tuple[int, int]:
+    """Return into how many splits a row of logits is cut, and the power of two to hold them."""
+    num_splits = triton.cdiv(vocab_size, CHUNK.value)
+    return num_splits, max(2, triton.next_power_of_2(num_splits))
+
+
 @triton.jit
 def read_line(table_ptr, row):
     """Return is_random, top_k, top_p, scale and min_exponent of a row."""
@@ -61,6 +67,14 @@ def read_line(table_ptr, row):
     scale = tl.load(line + 5).to(tl.float64, bitcast=True).to(tl.float32)
     min_exponent = tl.load(line + 6).to(tl.float64, bitcast=True).to(tl.float32)
     return tl.load(line) != 0, tl.load(line + 3), top_p, scale, min_exponent
+
+
+@triton.jit
+def load_split(logits_ptr, logits_stride, place, split, vocab_size: tl.constexpr):
+    """Return the ids of a split of a place's logits, and the logits; -inf past the last."""
+    ids = split * CHUNK + tl.arange(0, CHUNK)
+    pointers = logits_ptr + place * logits_stride + ids
+    return ids, tl.load(pointers, mask=ids < vocab_size, other=float("-inf"))
 
 
 @triton.jit
@@ -131,9 +145,8 @@ def maxima_kernel(
 ):
     place = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    ids = split * CHUNK + tl.arange(0, CHUNK)
-    pointers = logits_ptr + place * logits_stride + ids
-    keys = order_key(tl.load(pointers, mask=ids < vocab_size, other=float("-inf")))
+    ids, values = load_split(logits_ptr, logits_stride, place, split, vocab_size)
+    keys = order_key(values)
     packed = (keys.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
     tl.store(maxima_ptr + place * SPLITS + split, tl.max(packed, axis=0))
 
@@ -169,9 +182,7 @@ def levels_kernel(
             high, low, _target, _top_k = first_bracket(
                 first_ptr, place, num_splits, top_k, top_p, SPLITS
             )
-        ids = split * CHUNK + tl.arange(0, CHUNK)
-        pointers = logits_ptr + place * logits_stride + ids
-        values = tl.load(pointers, mask=ids < vocab_size, other=float("-inf"))
+        _ids, values = load_split(logits_ptr, logits_stride, place, split, vocab_size)
         exponents = (values - largest) * scale
         weights = weigh(exponents, min_exponent, INTERPRETED)
         packed = weights + _ONE_COUNT
@@ -231,9 +242,7 @@ def collect_kernel(
             listed = tl.load(own + wanted, mask=is_earlier, other=0) >> _COUNT_SHIFT
             above = tl.load(own + wanted - 1, mask=is_earlier & (wanted > 0), other=0)
             listed -= tl.where(from_top, 0, above >> _COUNT_SHIFT)
-            ids = split * CHUNK + tl.arange(0, CHUNK)
-            pointers = logits_ptr + place * logits_stride + ids
-            values = tl.load(pointers, mask=ids < vocab_size, other=float("-inf"))
+            _ids, values = load_split(logits_ptr, logits_stride, place, split, vocab_size)
             exponents = (values - largest) * scale
             is_listed = exponents >= level(high, low, wanted)
             is_above = exponents >= level(high, low, tl.maximum(wanted - 1, 0))
@@ -429,9 +438,7 @@ def sums_kernel(
     largest, best_key, _id = read_best(maxima_ptr, place, num_splits, SPLITS)
     if is_random & is_finite_key(best_key):
         key, _ties, _weight = read_cut(state_ptr, place, top_k, top_p, vocab_size)
-        ids = split * CHUNK + tl.arange(0, CHUNK)
-        pointers = logits_ptr + place * logits_stride + ids
-        values = tl.load(pointers, mask=ids < vocab_size, other=float("-inf"))
+        ids, values = load_split(logits_ptr, logits_stride, place, split, vocab_size)
         weights = weigh((values - largest) * scale, min_exponent, INTERPRETED)
         keys = order_key(values)
         output = sums_ptr + place * 2 * SPLITS + split
@@ -485,9 +492,7 @@ def pick_kernel(
         target -= tl.sum(tl.where(splits < split, weights, 0), axis=0)
         num_before = tl.sum(tl.where(splits < split, ties, 0), axis=0)
 
-        ids = split * CHUNK + tl.arange(0, CHUNK)
-        pointers = logits_ptr + place * logits_stride + ids
-        values = tl.load(pointers, mask=ids < vocab_size, other=float("-inf"))
+        ids, values = load_split(logits_ptr, logits_stride, place, split, vocab_size)
         own = weigh((values - largest) * scale, min_exponent, INTERPRETED)
         keys = order_key(values)
         is_tie = (keys == key) & (ids < vocab_size)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.launch import is_interpreted
-from model.kernels.sampling import CHUNK, maxima_kernel, read_best
+from model.kernels.sampling import load_split, maxima_kernel, read_best, splits_of
 from model.kernels.weights import weigh
 
 
@@ -31,12 +31,10 @@ def score_kernel(
     largest, _key, _id = read_best(maxima_ptr, place, num_splits, SPLITS)
     if split == 0:
         tl.store(largest_ptr + place, largest)
-    row = logits_ptr + place * logits_stride
     token_id = tl.load(token_ids_ptr + place)
-    chosen = tl.load(row + token_id)
-    ids = split * CHUNK + tl.arange(0, CHUNK)
+    chosen = tl.load(logits_ptr + place * logits_stride + token_id)
+    ids, values = load_split(logits_ptr, logits_stride, place, split, vocab_size)
     is_id = ids < vocab_size
-    values = tl.load(row + ids, mask=is_id, other=float("-inf"))
     weights = weigh(values - largest, float("-inf"), INTERPRETED)
     is_before = is_id & ((values > chosen) | ((values == chosen) & (ids < token_id)))
     output = sums_ptr + place * 2 * SPLITS + split
@@ -51,8 +49,7 @@ def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert logits.dtype is torch.float32
     assert logits.stride(1) == 1
     num_rows, vocab_size = logits.shape
-    num_splits = triton.cdiv(vocab_size, CHUNK.value)
-    splits = max(2, triton.next_power_of_2(num_splits))
+    num_splits, splits = splits_of(vocab_size)
     maxima, sums = (
         torch.zeros(size, dtype=torch.int64, device=logits.device)
         for size in ((num_rows, splits), (num_rows, 2, splits))
