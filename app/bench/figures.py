@@ -111,15 +111,21 @@ def is_good(answer: Completion, within_ms: Mapping[str, float]) -> bool:
 
 def most_at_once(answers: Sequence[Completion]) -> int:
     """Return how many requests were open at the busiest moment."""
-    # Of an end and a beginning at one instant, the end comes first.
-    changes = sorted(
-        change for each in answers for change in ((each.started_s, 1), (each.ended_s, -1))
-    )
     most = now = 0
-    for _, change in changes:
+    for _, change in openings(answers):
         now += change
         most = max(most, now)
     return most
+
+
+def openings(answers: Sequence[Completion]) -> list[tuple[float, int]]:
+    """Return the instants at which a request began, with 1, or ended, with -1, in order.
+
+    Of an end and a beginning at one instant, the end comes first.
+    """
+    return sorted(
+        change for each in answers for change in ((each.started_s, 1), (each.ended_s, -1))
+    )
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -238,16 +239,25 @@ async def measure(
     )
 
 
-async def run_rounds(args: argparse.Namespace) -> list[Figures]:
-    """Start the server, warm it up, and measure so many rounds."""
+async def start_server(
+    stack: ExitStack, module: str, args: argparse.Namespace, name: str, *more: str
+) -> tuple[int, ServerProcess]:
+    """Start the server of a module, which takes the flags of `flags`; return its port, too."""
     port = free_port()
-    log = read_environment().cache_dir / "bench" / "host.log"
-    command = [sys.executable, "-m", "app.bench.host", "--serve", "--port", str(port)]
+    command = [sys.executable, "-m", module, "--serve", "--port", str(port), *more]
     command += ["--streams", str(args.streams), "--step-ms", str(args.step_ms)]
     command += ["--model", args.model] if args.model else []
-    with ServerProcess(command, log) as server:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            await server.wait_ready(client, "/health/ready")
+    log = read_environment().cache_dir / "bench" / f"{name}.log"
+    server = stack.enter_context(ServerProcess(command, log))
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        await server.wait_ready(client, "/health/ready")
+    return port, server
+
+
+async def run_rounds(args: argparse.Namespace) -> list[Figures]:
+    """Start the server, warm it up, and measure so many rounds."""
+    with ExitStack() as stack:
+        port, server = await start_server(stack, "app.bench.host", args, "host")
         return [await measure(args, port, server) for _ in range(args.rounds + 1)][1:]
 
 
@@ -271,17 +281,26 @@ def table(args: argparse.Namespace, figures: list[Figures]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main() -> None:
-    """Parse the command line, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=512, help="of each stream")
-    parser.add_argument("--step-ms", type=float, default=10.0)
-    parser.add_argument("--endpoint", choices=["chat", "completions"], default="chat")
-    parser.add_argument("--rounds", type=int, default=3)
+def flags(
+    description: str, *, streams: int, tokens: int, step_ms: float, rounds: int
+) -> argparse.ArgumentParser:
+    """Return a parser of how much is asked of how many servers that only keep time."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--streams", type=int, default=streams)
+    parser.add_argument("--tokens", type=int, default=tokens, help="of each stream")
+    parser.add_argument("--step-ms", type=float, default=step_ms)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--model", help="whose tokenizer and template to use; the demo model's")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    """Parse the command line, run, print."""
+    description = __doc__.split("\n\n")[0]
+    parser = flags(description, streams=256, tokens=512, step_ms=10.0, rounds=3)
+    parser.add_argument("--endpoint", choices=["chat", "completions"], default="chat")
     args = parser.parse_args()
     if args.serve:
         serve(args)

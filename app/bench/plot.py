@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from app.bench.client import Completion
+from app.bench.figures import openings
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 760, 130, 70, 50, 55
 NUM_BINS = 120
@@ -65,11 +66,8 @@ def token_rate(answers: Sequence[Completion], begun_s: float, seconds: float) ->
 
 def open_requests(answers: Sequence[Completion], begun_s: float) -> list[Point]:
     """Return how many requests were open, a point before and after each change."""
-    changes = sorted(
-        change for each in answers for change in ((each.started_s, 1), (each.ended_s, -1))
-    )
     points, now = [(0.0, 0.0)], 0
-    for instant_s, change in changes:
+    for instant_s, change in openings(answers):
         points.append((instant_s - begun_s, float(now)))
         now += change
         points.append((instant_s - begun_s, float(now)))

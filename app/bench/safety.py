@@ -17,11 +17,8 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 
-import httpx
-
 from app.api.connections import EdgeConfig
-from app.bench.host import load, measure
-from app.bench.process import ServerProcess, free_port
+from app.bench.host import flags, load, measure, start_server
 from app.engine.admission import Admission
 from app.engine.client import EngineClient
 from app.engine.collector import settle_collector
@@ -30,7 +27,7 @@ from app.engine.fairness import FairShares
 from app.factory import create_app
 from app.logs import set_up_logging
 from app.main import DrainingServer, bind, make_context
-from app.settings import ApiKey, ServerSettings, read_environment
+from app.settings import ApiKey, ServerSettings
 
 SIDES = ("off", "on", "on, with keys to repeat")
 NO_BOUND = 1 << 60
@@ -114,16 +111,10 @@ async def run_rounds(args: argparse.Namespace) -> dict[str, list[float]]:
     with ExitStack() as stack:
         servers = {}
         for side in SIDES[:2]:
-            port = free_port()
-            command = [sys.executable, "-m", "app.bench.safety", "--serve", "--side", side]
-            command += ["--port", str(port), "--streams", str(args.streams)]
-            command += ["--step-ms", str(args.step_ms)]
-            command += ["--model", args.model] if args.model else []
-            log = read_environment().cache_dir / "bench" / f"safety-{side}.log"
-            server = stack.enter_context(ServerProcess(command, log))
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-                await server.wait_ready(client, "/health/ready")
-            servers[side] = port, server
+            name = f"safety-{side}"
+            servers[side] = await start_server(
+                stack, "app.bench.safety", args, name, "--side", side
+            )
         for turn in range(args.rounds + 1):
             order = SIDES if turn % 2 else SIDES[::-1]
             for side in order:
@@ -161,15 +152,9 @@ def _range(figures: list[float], form: str) -> str:
 
 def main() -> None:
     """Parse the command line, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=1000, help="of each stream")
-    parser.add_argument("--step-ms", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--model", help="whose tokenizer and template to use; the demo model's")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    description = __doc__.split("\n\n")[0]
+    parser = flags(description, streams=16, tokens=1000, step_ms=1.0, rounds=9)
     parser.add_argument("--side", choices=SIDES[:2], default="on", help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.endpoint = "chat"
     if args.serve:
