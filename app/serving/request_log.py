@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from app.engine.timeline import Timeline
+from app.engine.timeline import Timeline, TimelineEvent
 from app.errors import NotFound
 from app.serving.answer import JsonObject
 
@@ -30,14 +30,19 @@ class RequestRecord:
     timelines: list[Timeline] = field(default_factory=list)
     is_over: bool = False  # answered, in one way or another
 
+    def events(self) -> list[tuple[int, TimelineEvent]]:
+        """Return all events, each behind its prompt's number, in the order of time."""
+        events = [
+            (prompt, event)
+            for prompt, timeline in enumerate(self.timelines)
+            for event in timeline.events
+        ]
+        return sorted(events, key=lambda each: each[1].at_s)  # those of one moment stay in order
+
     @property
     def status(self) -> str:
         """Return how far it has come: queued, running, parked (its client may return) or done."""
-        last = {
-            (prompt, event.choice): event
-            for prompt, timeline in enumerate(self.timelines)
-            for event in timeline.events
-        }
+        last = {(prompt, event.choice): event for prompt, event in self.events()}
         names = {event.name for event in last.values()}
         if self.is_over:
             return "done"
@@ -79,12 +84,6 @@ class RequestLog:
 
 def request_view(record: RequestRecord) -> JsonObject:
     """Return a request's events in order, in seconds from its arrival."""
-    events = [
-        (prompt, event)
-        for prompt, timeline in enumerate(record.timelines)
-        for event in timeline.events
-    ]
-    events.sort(key=lambda each: each[1].at_s)  # those of one moment stay in order
     return {
         "object": "request",
         "id": record.request_id,
@@ -102,7 +101,7 @@ def request_view(record: RequestRecord) -> JsonObject:
                 "tokens": event.num_tokens if event.name in ("admitted", "prefill") else None,
                 "reason": event.reason,
             }
-            for prompt, event in events
+            for prompt, event in record.events()
         ],
         "dropped_events": sum(timeline.num_dropped for timeline in record.timelines),
     }

@@ -117,14 +117,9 @@ class RequestSpan:
 
     def _add_phases(self, record: RequestRecord, end_s: float) -> None:
         """Add the events, and the phases of the request as a whole: its first choice to get far."""
-        events = [
-            (event.at_s, prompt, event)
-            for prompt, timeline in enumerate(record.timelines)
-            for event in timeline.events
-        ]
-        events.sort(key=lambda each: each[0])  # those of one moment stay in order
-        for at_s, prompt, event in events:
-            self._add_event(at_s, prompt, event)
+        events = record.events()
+        for prompt, event in events:
+            self._add_event(prompt, event)
         spent = {"e2e": end_s - record.arrival_s}
         admitted_s = _first(events, "admitted")
         self._add_phase("queue", record.arrival_s, end_s if admitted_s is None else admitted_s)
@@ -133,7 +128,7 @@ class RequestSpan:
             first_s = _first(events, "first_token")
             self._add_phase("prefill", admitted_s, end_s if first_s is None else first_s)
             if first_s is not None:
-                ends = [at_s for at_s, _, event in events if event.name == "done"]
+                ends = [event.at_s for _, event in events if event.name == "done"]
                 last_s = ends[-1] if len(ends) >= record.num_choices else end_s
                 self._add_phase("decode", first_s, last_s)
                 spent["time_to_first_token"] = first_s - record.arrival_s
@@ -144,13 +139,13 @@ class RequestSpan:
             {f"gen_ai.latency.{name}": seconds for name, seconds in spent.items()}
         )
 
-    def _add_event(self, at_s: float, prompt: int, event: TimelineEvent) -> None:
+    def _add_event(self, prompt: int, event: TimelineEvent) -> None:
         attributes: dict[str, str | int] = {"prompt": prompt, "choice": event.choice}
         if event.name in ("admitted", "prefill"):
             attributes["tokens"] = event.num_tokens
         if event.reason is not None:
             attributes["reason"] = event.reason
-        self._span.add_event(event.name, attributes, self._at_ns(at_s))
+        self._span.add_event(event.name, attributes, self._at_ns(event.at_s))
 
     def _add_phase(self, name: str, start_s: float, end_s: float) -> None:
         from opentelemetry.trace import set_span_in_context
@@ -189,8 +184,8 @@ def refusals_noted(span: RequestSpan | None) -> Generator[None, None, None]:
         raise
 
 
-def _first(events: Iterable[tuple[float, int, TimelineEvent]], name: EventName) -> float | None:
-    return next((at_s for at_s, _, event in events if event.name == name), None)
+def _first(events: Iterable[tuple[int, TimelineEvent]], name: EventName) -> float | None:
+    return next((event.at_s for _, event in events if event.name == name), None)
 
 
 class RequestTracer:
