@@ -106,14 +106,11 @@ class Block:
         prefix = f"model.layers.{layer}."
         self._attention = Attention(config, projections, layer)
         self._mlp = MLP(config, projections, operations, prefix + "mlp.")
-        norms = [
-            AddNorm(read(prefix + name), config.rms_norm_eps, operations, feeds)
-            for name, feeds in (
-                ("input_layernorm.weight", self._attention.qkv),
-                ("post_attention_layernorm.weight", self._mlp.gate_up),
-            )
-        ]
-        self._attention_norm, self._mlp_norm = norms
+        eps = config.rms_norm_eps
+        weight = read(prefix + "input_layernorm.weight")
+        self._attention_norm = AddNorm(weight, eps, operations, self._attention.qkv)
+        weight = read(prefix + "post_attention_layernorm.weight")
+        self._mlp_norm = AddNorm(weight, eps, operations, self._mlp.gate_up)
 
     def __call__(self, delta: Tensor | None, stream: Tensor, attend: Attend) -> Tensor:
         """Add delta [T, hidden] to the residual stream in place; return the next delta."""

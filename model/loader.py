@@ -118,10 +118,12 @@ def _build_runner(
         vocab_size=config.vocab_size,
         max_inflight=2 if device.type == "cuda" else 1,
     )
-    if not runs_kernels(config, device):
+    if device.type != "cuda":
         return ModelRunner(network, limits, device)
-    recorder = None if options.enforce_eager else CudaGraphRecorder(device)
-    runner = ModelRunner(network, limits, device, decodes_on_device=True, recorder=recorder)
+    on_device = runs_kernels(config, device)
+    has_graphs = on_device and not options.enforce_eager
+    recorder = CudaGraphRecorder(device) if has_graphs else None
+    runner = ModelRunner(network, limits, device, decodes_on_device=on_device, recorder=recorder)
     runner.warm_up()
     _check_plan(plan, device)
     return runner

@@ -108,8 +108,9 @@ class ModelRunner:
         """Have built whatever the device builds at first use."""
         if self._decode is not None:
             self._decode.warm_up()
-        if self._draws is not None:
+        elif self._draws is not None:
             self._draws.warm_up(self._limits.vocab_size)
+        if self._draws is not None:
             one = torch.zeros(1, dtype=torch.int64, device=self._device)
             self._score(torch.zeros(1, self._limits.vocab_size, device=self._device), one)
 
@@ -184,7 +185,7 @@ class ModelRunner:
         if most is not None:
             return decode.draw(len(plan.rows), most)
         logits, samples = decode.logits(len(plan.rows))
-        return self._sample(plan, logits, samples, masks, most)
+        return self._sample(plan, logits, samples, masks, None)
 
     def _run_any(
         self, handle: _Launched, most: Draw | None, fill_masks: FillMasks

@@ -275,15 +275,14 @@ static void run_task(void *context, int32_t task) {
 /* out [T, H * D] = attention of the step's queries to all K/V of their sequences. */
 void attention(Pool *pool, const Model *model, const Layer *layer, const Step *step,
                const float *qkv, float *out) {
-    int32_t group = model->num_heads / model->num_kv_heads, num_runs = step->num_sequences;
+    int32_t num_heads = model->num_kv_heads, group = model->num_heads / num_heads;
+    int32_t most = group < MAX_ROWS ? MAX_ROWS / group : 1; /* tokens, or heads, of a task */
     int32_t first_task[step->num_sequences + 1];
-    Attention job = {model, layer, step, qkv, out, group < MAX_ROWS ? MAX_ROWS / group : 1, 1,
-                     first_task};
+    Attention job = {model, layer, step, qkv, out, most, 1, first_task};
     if (step->num_tokens == step->num_sequences) {
         /* Everybody has one token: as many heads a task as leaves enough tasks. */
-        int32_t most = job.tokens_per_task < model->num_kv_heads ? job.tokens_per_task
-                                                                 : model->num_kv_heads;
-        int32_t width = num_runs * model->num_kv_heads / MIN_TASKS;
+        int32_t width = step->num_sequences * num_heads / MIN_TASKS;
+        if (most > num_heads) most = num_heads;
         job.heads_per_task = width < 1 ? 1 : width < most ? width : most;
         job.tokens_per_task = 1;
     }
@@ -292,6 +291,6 @@ void attention(Pool *pool, const Model *model, const Layer *layer, const Step *s
         int32_t tokens = step->query_starts[i + 1] - step->query_starts[i];
         first_task[i + 1] = first_task[i] + (tokens + job.tokens_per_task - 1) / job.tokens_per_task;
     }
-    int32_t parts = (model->num_kv_heads + job.heads_per_task - 1) / job.heads_per_task;
+    int32_t parts = (num_heads + job.heads_per_task - 1) / job.heads_per_task;
     parallel_for(pool, run_task, &job, first_task[step->num_sequences] * parts);
 }
