@@ -195,8 +195,10 @@ class Generation:
     def abort(self) -> None:
         """End what has not ended."""
         self._leave_engine()
+        cut_off = "abort" if self._failure is None else "error"
+        for choice in self._choices:
+            choice.timer.end(cut_off)
         if self._span is not None:
-            cut_off = "abort" if self._failure is None else "error"
             reasons = [choice.reason or cut_off for choice in self._choices]
             self._span.finish(self._record, self._sampling, reasons, self._failure)
 

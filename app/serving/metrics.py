@@ -91,7 +91,10 @@ class RequestMetrics:
 class ChoiceTimer:
     """Times the tokens of one choice."""
 
-    __slots__ = ("_arrival_s", "_choice", "_first_s", "_last_s", "_metrics", "_num", "_timeline")
+    __slots__ = (
+        *("_arrival_s", "_choice", "_first_s", "_is_over", "_last_s"),
+        *("_metrics", "_num", "_timeline"),
+    )
 
     def __init__(
         self, metrics: RequestMetrics, arrival_s: float, timeline: Timeline, choice: int
@@ -103,6 +106,7 @@ class ChoiceTimer:
         self._first_s: float | None = None
         self._last_s = 0.0
         self._num = 0
+        self._is_over = False
 
     def add(self, num_tokens: int) -> None:
         """Take note of tokens that came together."""
@@ -119,7 +123,10 @@ class ChoiceTimer:
         self._metrics.num_generation_tokens += num_tokens
 
     def end(self, reason: str) -> None:
-        """Take note of the end, and of the phases that it closes."""
+        """Take note of the end, and of the phases that it closes; the first time counts."""
+        if self._is_over:
+            return
+        self._is_over = True
         metrics = self._metrics
         metrics.ends[reason] += 1
         metrics.observe("request_generation_tokens", self._num)

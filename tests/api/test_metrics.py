@@ -1,5 +1,6 @@
 """/metrics: names, bounded labels, and numbers that agree with what happened."""
 
+import asyncio
 import re
 
 import pytest
@@ -178,3 +179,26 @@ def test_gpus_tell_their_energy_where_they_can():
     assert 'arriero:gpu_energy_joules_total{gpu="1"}' not in page
     assert total(page, "arriero:gpu_power_watts") == pytest.approx(140.001)
     assert total(page, "arriero:gpu_busy", gpu="1") == 0.5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_of_a_client_that_goes_away_count_as_aborted_once(stream):
+    async def scenario():
+        engine = FakeEngine(says("abc"))
+        engine.gate.clear()
+        async with client_of(engine) as client:
+            body = {"prompt": "a", "n": 2, "stream": stream}
+            post = asyncio.ensure_future(client.post(URL, json=body))
+            while not engine.requests:
+                await asyncio.sleep(0)
+            post.cancel()
+            await asyncio.gather(post, return_exceptions=True)
+            engine.gate.set()
+            await client.post(URL, json={"prompt": "a", "n": 2, "stream": stream})
+            page = (await client.get("/metrics")).text
+        ends = "vllm:request_success_total"
+        assert total(page, ends, finished_reason="abort") == 2
+        assert total(page, ends, finished_reason="stop") == 2
+        assert total(page, "vllm:e2e_request_latency_seconds_count") == 4
+
+    run(scenario())
