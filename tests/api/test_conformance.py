@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from app.api.openapi import openapi_document
+from app.errors import ServiceError
 from app.protocol.common import HARMLESS as KNOWN_HARMLESS
 from tests.api.serve import client_of, run
 from tests.conformance.answers import (
@@ -107,6 +108,15 @@ def test_error_is_as_both_say(document, name):
         assert sdk_deviations(body, SdkErrorBody) == set()
 
     run(scenario())
+
+
+def test_every_status_of_an_error_is_met_but_those_of_socket_retries_and_deadlines():
+    def kinds(kind):
+        return {kind}.union(*map(kinds, kind.__subclasses__()))
+
+    elsewhere = {408, 431, 409, 410, 504}
+    statuses = {kind.status for kind in kinds(ServiceError)}
+    assert {status for status, _ in MISHAPS.values()} == statuses - elsewhere
 
 
 @pytest.mark.parametrize(("url", "body"), [(COMPLETIONS, SAY), (CHAT, HELLO)])
