@@ -2,9 +2,12 @@
 
 import contextlib
 import re
+import selectors
 import socket
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count, cycle
 from pathlib import Path
 
 import pytest
@@ -21,8 +24,8 @@ from tests.battery.client import (
     MODEL,
     OTHER_KEY,
     ROOT,
+    Server,
     get_bytes,
-    has_hung_up,
     post_bytes,
 )
 from tests.fake_engine import FakeEngine, make_context, says
@@ -34,6 +37,10 @@ BEARER = f"Bearer {KEY}".encode()
 
 def without_key(request: bytes) -> bytes:
     return re.sub(rb"authorization: [^\r]*\r\n", b"", request)
+
+
+def without_length(request: bytes) -> bytes:
+    return request.replace(b"content-length: 0\r\n", b"")
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -62,32 +69,77 @@ def test_c02_malformed_request_is_refused_once_and_the_connection_closed(live, n
     assert b"connection: close" in answer.lower()
 
 
-def test_c03_slow_connections_are_closed_by_deadline_and_hold_up_nobody(live, full):
-    count = 2000 if full else 200
-    starts = [
-        b"",
-        b"G",
-        b"GET /health HTTP/1.1\r\nhost: a\r\nx: ",
-        post_bytes(BODY, COMPLETIONS)[:-9],
-    ]
-    with contextlib.ExitStack() as stack:
-        clients = []
-        for number in range(count):
-            clients.append(stack.enter_context(live.connect()))
-            clients[-1].sendall(starts[number % len(starts)])
-        assert live.complete("a").status == 200  # with all of them open
-        assert live.get("/health", key=None).status == 200
-        waiting = set(clients)
+PADDED = b'{"prompt": "a", "max_tokens": 1' + b" " * 9000 + b"}"
+SLOW = {  # what is sent at once, what drips, what the refusal speaks of
+    "nothing at all": (b"", b"", None),
+    "a method": (b"G", b"E", b"The headers"),
+    "a header": (b"GET /health HTTP/1.1\r\nhost: a\r\nx: ", b"a", b"The headers"),
+    "headers": (b"GET /health HTTP/1.1\r\nhost: a\r\n", b"a: b\r\n", b"The headers"),
+    "a body": (post_bytes(PADDED, COMPLETIONS)[:-9000], b" ", b"The body"),
+    "a body in chunks": (
+        without_length(post_bytes(b"", COMPLETIONS, "transfer-encoding: chunked")),
+        b"1\r\n \r\n",
+        b"The body",
+    ),
+}
+DRIP_S = 0.2  # far less than the deadlines: no connection is ever silent for as long as they are
+
+
+def drip(live: Server, clients: dict[socket.socket, str]) -> dict[str, set[bytes]]:
+    """Send a little on every connection, again and again; return what each kind is told."""
+    told: dict[str, set[bytes]] = {}
+    with selectors.DefaultSelector() as selector:
+        for client, kind in clients.items():
+            selector.register(client, selectors.EVENT_READ, kind)
 
         def are_closed() -> bool:
-            for client in list(waiting):
+            for key, _ in selector.select(DRIP_S):
+                selector.unregister(key.fileobj)
+                told.setdefault(key.data, set()).add(live.read_all(key.fileobj))
+            for key in selector.get_map().values():
                 with contextlib.suppress(ConnectionError):
-                    client.send(b"a")  # a byte now and then
-                if has_hung_up(client):
-                    waiting.discard(client)
-            return not waiting
+                    key.fileobj.send(SLOW[key.data][1])
+            return not selector.get_map()
 
         live.wait(are_closed)
+    return told
+
+
+def test_c03_body_that_is_slow_is_a_good_one_when_it_is_fast(live):
+    assert live.exchange(post_bytes(PADDED, COMPLETIONS)).startswith(b"HTTP/1.1 200 ")
+
+
+def test_c03_slow_connections_are_ended_by_deadline_and_hold_up_nobody(live, full):
+    reference, is_over = live.canary(), threading.Event()
+
+    def be_healthy() -> int:
+        for number in count():
+            if is_over.is_set():
+                return number
+            assert live.canary() == reference
+            assert live.get("/health", key=None).status == 200
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        clients = {}
+        for _, kind in zip(range(2000 if full else 200), cycle(SLOW), strict=False):
+            client = stack.enter_context(live.connect())
+            client.sendall(SLOW[kind][0])
+            clients[client] = kind
+        healthy = pool.submit(be_healthy)
+        try:
+            told = drip(live, clients)
+        finally:
+            is_over.set()
+        assert healthy.result() > 0
+    for kind, (_, _, subject) in SLOW.items():
+        if subject is None:
+            assert told[kind] == {b""}  # to who has said nothing, nothing is said
+            continue
+        for answer in told[kind]:
+            assert answer.startswith(b"HTTP/1.1 408 "), (kind, answer)
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert b'"code":"request_timeout"' in answer
+            assert subject + b" did not arrive" in answer
 
 
 def reset(client: socket.socket) -> None:
@@ -123,8 +175,7 @@ def test_c04_kernel_asks_after_peers_that_say_nothing(live):
 
 
 def test_c05_body_in_chunks_of_a_byte_is_refused_before_it_costs(live):
-    start = post_bytes(b"", COMPLETIONS, "transfer-encoding: chunked")
-    start = start.replace(b"content-length: 0\r\n", b"")
+    start = without_length(post_bytes(b"", COMPLETIONS, "transfer-encoding: chunked"))
     answer = live.exchange(start, *[b"1\r\n \r\n" * 100_000] * 30)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"too many small pieces" in answer
