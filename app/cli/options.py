@@ -61,7 +61,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--header-timeout", type=seconds, default=10.0, metavar="SECONDS",
         help="time for a request's headers to arrive; 0: any")  # fmt: skip
     add("--body-timeout", type=seconds, default=60.0, metavar="SECONDS",
-        help="time for a request's body to arrive; 0: any")  # fmt: skip
+        help="time for a body to arrive, and for a stalled reader to go on; 0: any")  # fmt: skip
     add("--max-connections", type=count, default=4096, metavar="N",
         help="open connections; 0: any number; probes are answered even above")  # fmt: skip
     add("--max-connections-per-client", type=count, default=2048, metavar="N",

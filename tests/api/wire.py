@@ -67,13 +67,17 @@ class Wire:
 
 
 @contextlib.contextmanager
-def wire_server(engine: WireEngine | None = None, **options) -> Iterator[Wire]:
-    """Serve the application on a free port of the loopback."""
+def wire_server(
+    engine: WireEngine | None = None, *, send_buffer: int | None = None, **options
+) -> Iterator[Wire]:
+    """Serve the application on a free port of the loopback; the kernel may buffer but so much."""
     engine = engine or WireEngine(says("x"))
     settings = ServerSettings(**options)
     context = make_context(engine)
     config = EdgeConfig(create_app(context, settings), settings)
     listener = socket.socket()
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listener.bind(("127.0.0.1", 0))
     wire = Wire(listener.getsockname(), engine, config)
     handler = logging.Handler(logging.WARNING)
