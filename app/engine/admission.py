@@ -2,9 +2,12 @@
 
 The queue is bounded by sequences and by prompt tokens: what waits costs memory, and an answer that
 comes too late is worth nothing. Whoever is refused is told to come back when as many places should
-be free as there are callers before it, at the pace at which sequences have ended of late.
+be free as there are callers before it, at the pace at which sequences have ended of late: busy time
+over ends, both forgotten evenly with time. A mean of the intervals between ends would be one of mostly
+nothing, for sequences that begin together end in one step.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -12,7 +15,7 @@ from app.errors import Overloaded
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
-WEIGHT_OF_LAST = 0.1  # of the last interval between two ends, in their running mean
+MEMORY_S = 30.0  # of busy time, after which an end counts for 1/e of a new one
 
 
 class Admission:
@@ -31,8 +34,9 @@ class Admission:
         self._num_refused = 0  # since a place was last free
         self.num_refused_seqs = 0  # for the number of sequences, ever
         self.num_refused_tokens = 0  # for the number of prompt tokens, ever
-        self._last_end_s: float | None = None
-        self._interval_s: float | None = None  # between two ends, the running mean
+        self._counted_s: float | None = None  # up to when busy time is counted; None: idle
+        self._busy_s = 0.0
+        self._num_ends = 0.0
 
     @property
     def num_queued_tokens(self) -> int:
@@ -56,13 +60,16 @@ class Admission:
         self._num_refused = 0
 
     def _retry_after_s(self) -> float:
-        if self._interval_s is None:
+        if not self._num_ends:
             return MIN_RETRY_S
-        return min(max(self._num_refused * self._interval_s, MIN_RETRY_S), MAX_RETRY_S)
+        wait_s = self._num_refused * self._busy_s / self._num_ends
+        return min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
 
     def enter(self, num_tokens: int) -> None:
         """Count the prompt of a request that begins to wait."""
         self._num_tokens += num_tokens
+        if self._counted_s is None:
+            self._counted_s = self._clock()
 
     def leave(self, num_tokens: int) -> None:
         """Count out a prompt: its first output has come, or its end."""
@@ -71,9 +78,10 @@ class Admission:
     def end(self, num_live: int) -> None:
         """Take note of the end of a sequence, `num_live` of which are left."""
         now = self._clock()
-        if self._last_end_s is not None:
-            interval_s = now - self._last_end_s
-            mean_s = self._interval_s if self._interval_s is not None else interval_s
-            self._interval_s = mean_s + WEIGHT_OF_LAST * (interval_s - mean_s)
+        if self._counted_s is not None:
+            passed_s = now - self._counted_s
+            kept = math.exp(-passed_s / MEMORY_S)
+            self._busy_s = kept * self._busy_s + passed_s
+            self._num_ends = kept * self._num_ends + 1
         # A pause with nothing to do says nothing of the pace.
-        self._last_end_s = now if num_live else None
+        self._counted_s = now if num_live else None

@@ -68,6 +68,38 @@ def test_wait_is_never_less_than_a_second_nor_more_than_a_minute():
     assert max(refusal(admission).retry_after_s for _ in range(100)) == 60.0
 
 
+@pytest.mark.parametrize("num_at_once", [1, 16, 128])
+def test_pace_is_that_of_all_ends_however_many_come_together(num_at_once):
+    clock = Clock()
+    admission = Admission(8, 1000, clock)
+    admission.enter(1)
+    for _ in range(200):
+        clock.now_s += 0.1 * num_at_once
+        for _ in range(num_at_once):
+            admission.end(num_live=8)
+    waits = [refusal(admission).retry_after_s for _ in range(100)]
+    assert waits[-1] == pytest.approx(10.0)
+
+
+def test_first_ends_already_tell_the_pace():
+    clock = Clock()
+    admission = Admission(8, 1000, clock)
+    admission.enter(1)
+    clock.now_s += 8.0
+    for num_left in range(7, 3, -1):
+        admission.end(num_live=num_left)
+    assert refusal(admission).retry_after_s == pytest.approx(2.0)
+
+
+def test_pace_follows_what_has_changed_of_late():
+    clock = Clock()
+    admission = full(clock)
+    for _ in range(300):
+        clock.now_s += 4.0
+        admission.end(num_live=8)
+    assert refusal(admission).retry_after_s == pytest.approx(4.0, rel=0.01)
+
+
 def test_idle_time_does_not_slow_the_pace():
     clock = Clock()
     admission = full(clock)
