@@ -25,9 +25,10 @@ def error_response(error: ServiceError) -> JSONResponse:
     headers = {}
     wait_s = error.retry_after_s if isinstance(error, Unavailable | RateLimited) else None
     if wait_s is not None:
+        milliseconds = math.ceil(round(1000 * wait_s, 3))  # a sum of floats is rarely even
         headers = {
-            "retry-after": str(math.ceil(wait_s)),
-            "retry-after-ms": str(math.ceil(wait_s * 1000)),
+            "retry-after": str(math.ceil(milliseconds / 1000)),
+            "retry-after-ms": str(milliseconds),
         }
     headers["x-should-retry"] = "false" if wait_s is None else "true"
     if error.status == 401:

@@ -3,8 +3,8 @@
 The queue is bounded by sequences and by prompt tokens: what waits costs memory, and an answer that
 comes too late is worth nothing. Whoever is refused is told to come back when as many places should
 be free as there are callers before it, at the pace at which sequences have ended of late: busy time
-over ends, both forgotten evenly with time. A mean of the intervals between ends would be one of mostly
-nothing, for sequences that begin together end in one step.
+over ends, both forgotten evenly with time. Intervals between ends would say less: most are nothing,
+for sequences that begin together end in one step.
 """
 
 import math

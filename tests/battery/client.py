@@ -65,6 +65,14 @@ class Answer:
         return error
 
 
+def answer_of(raw: bytes) -> Answer:
+    """An answer with a JSON body as it stands on the wire."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    return Answer(int(status.split()[1]), {k.lower(): v for k, v in headers.items()}, body)
+
+
 @dataclass(frozen=True)
 class Vitals:
     """What a process holds."""

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -123,10 +123,12 @@ def stepped(
             stepper.open()
 
 
-def request(prompt: Prompt, max_tokens: int, **fields: object) -> bytes:
+def request(
+    prompt: Prompt, max_tokens: int, headers: Sequence[bytes] = (), **fields: object
+) -> bytes:
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
     body |= {"seed": 4, "return_token_ids": True, **fields}
-    return post(json.dumps(body).encode(), b"connection: close")
+    return post(json.dumps(body).encode(), b"connection: close", *headers)
 
 
 def token_ids(answer: bytes) -> list[int]:

@@ -17,6 +17,7 @@ from tests.battery.client import (
     PATIENCE_S,
     Server,
     Vitals,
+    answer_of,
     post_bytes,
     streamed_ids,
 )
@@ -110,7 +111,7 @@ def test_d04_flood_is_bounded_and_every_request_is_answered(live, full):
 
     async def probe() -> bytes:
         reader, writer = await asyncio.open_connection(*live.address)
-        writer.write(HEALTH_BYTES)
+        writer.write(HEALTH_BYTES.replace(b"/health", b"/health/live"))
         answer = await reader.read()
         writer.close()
         return answer
@@ -123,19 +124,27 @@ def test_d04_flood_is_bounded_and_every_request_is_answered(live, full):
             await asyncio.sleep(0)
         return [await each for each in asked], probes
 
+    before = live.engine()
     answers, probes = asyncio.run(flood())
     live.exchanges += answers
-    refused = [answer for answer in answers if not answer.startswith(b"HTTP/1.1 200 ")]
+    assert len(answers) == count
+    refused = [answer for answer in map(answer_of, answers) if answer.status != 200]
     assert refused  # more than may wait
     for answer in refused:
-        assert answer[9:12] in (b"429", b"503")
-        assert b"\r\nretry-after: " in answer
-        assert b'"code":"overloaded"' in answer
+        assert answer.check_refusal((429, 503))["code"] == "overloaded"
+        milliseconds = int(answer.headers["retry-after-ms"])
+        assert 1000 <= milliseconds <= 60_000
+        assert int(answer.headers["retry-after"]) == -(-milliseconds // 1000)
+        assert answer.headers["x-should-retry"] == "true"
     served = [answer for answer in answers if answer.startswith(b"HTTP/1.1 200 ")]
+    assert len(served) + len(refused) == count
     assert len(served) >= 128
     assert (
         len({answer.partition(b'"choices"')[2].partition(b'"usage"')[0] for answer in served}) == 1
     )
+    after = live.engine()  # those that were refused were counted, and cost no token
+    assert after["num_refused_seqs"] - before["num_refused_seqs"] == len(refused)
+    assert after["generation_tokens"] - before["generation_tokens"] == 16 * len(served)
     assert len(probes) > 1
     assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in probes)
 
