@@ -284,7 +284,7 @@ def end(process: subprocess.Popen) -> None:
 def running(
     starter: Starter, arguments: Sequence[str], log: Path, *, port: int = 0, **options: object
 ) -> Iterator[Server]:
-    """Start a server of the battery and kill it in the end."""
+    """Start a server of the battery and kill it in the end; nothing it said may leak."""
     process = starter.take()
     try:
         words = [*arguments, "--port", str(port)]
@@ -296,6 +296,7 @@ def running(
         server = Server(process, int(answer), log)
         server.wait(lambda: is_listening(server))
         yield server
+        server.check_nothing_leaked()
     finally:
         end(process)
 

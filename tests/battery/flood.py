@@ -7,6 +7,7 @@ The client shares the cores with the server, so its waiting for them is part of 
 
 import argparse
 import asyncio
+import re
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ class Flood:
         self._server = server
         self.seconds: dict[str, list[float]] = {}  # by status
         self.probe_seconds: list[float] = []
-        self.num_hints = 0  # refusals with retry-after
+        self.hints_s: list[int] = []  # the retry-after of refusals
 
     async def run(self, num_requests: int) -> None:
         request = post_bytes(BODY, COMPLETIONS)
@@ -40,7 +41,7 @@ class Flood:
     async def _ask(self, request: bytes) -> None:
         answer, seconds = await self._exchange(request)
         self.seconds.setdefault(answer[9:12].decode() or "none", []).append(seconds)
-        self.num_hints += b"\r\nretry-after: " in answer
+        self.hints_s += map(int, re.findall(rb"\r\nretry-after: (\d+)\r\n", answer))
 
     async def _exchange(self, request: bytes) -> tuple[bytes, float]:
         """Return the answer and the time from the request's last byte to the answer's."""
@@ -82,7 +83,11 @@ def main() -> None:
         f"{status}: {counts[status]}, {spread(flood.seconds[status])}" for status in sorted(counts)
     ]
     lines += [f"/health meanwhile: {len(flood.probe_seconds)}, {spread(flood.probe_seconds)}"]
-    lines += [f"refusals with retry-after: {flood.num_hints}; /health afterwards: {health}"]
+    hints_s = flood.hints_s or [0]
+    lines += [
+        f"refusals with retry-after: {len(flood.hints_s)}, {min(hints_s)} to {max(hints_s)} s"
+    ]
+    lines += [f"/health afterwards: {health}"]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

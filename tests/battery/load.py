@@ -25,9 +25,12 @@ def leave(server: Server, request: bytes, num_bytes: int) -> None:
     """Send a request, take so much of its answer, and reset the connection."""
     with server.connect() as client:
         client.sendall(request)
-        while num_bytes > 0:
-            num_bytes -= len(client.recv(min(num_bytes, 4096))) or num_bytes
+        answer = b""
+        while num_bytes > 0 and (part := client.recv(min(num_bytes, 4096))):
+            num_bytes -= len(part)
+            answer += part
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    server.exchanges.append(answer)
 
 
 class MixedLoad:

