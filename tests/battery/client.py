@@ -30,7 +30,8 @@ COMPLETIONS = "/v1/completions"
 HEALTH_BYTES = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"
 LEAKS = re.compile(
     rb"Traceback|site-packages|File \\?\"|0x[0-9a-f]{6,}|battery-secret|hidden-in-the-fault|"
-    rb"[a-z] object at 0|" + b"|".join(re.escape(str(path).encode()) for path in {ROOT, sys.prefix})
+    rb"[a-z] object at 0|/usr/lib/|pytest-of-|"
+    + b"|".join(re.escape(str(path).encode()) for path in {ROOT, sys.prefix})
 )
 assert LEAKS.search(INNER.encode())
 
@@ -173,11 +174,13 @@ class Server:
 
     # Vital signs
 
-    def wait(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+    def wait(
+        self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S, fault: str = "not so"
+    ) -> None:
         """Wait until something is so, bounded by the suite's patience."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline_s, f"not so: {self.log_text()[-2000:]}"
+            assert time.monotonic() < deadline_s, f"{fault}: {self.log_text()[-2000:]}"
             threading.Event().wait(0.01)
 
     def log_text(self) -> str:
@@ -200,6 +203,11 @@ class Server:
             num_children=len(process.children()),
         )
 
+    def vitals_at_rest(self) -> Vitals:
+        """What the process holds when no connection is open, not even one that is just closing."""
+        self.wait(lambda: not self.peers())
+        return self.vitals()
+
     def peers(self) -> set[int]:
         """The ports of the clients whose connections the server has not closed."""
         connections = psutil.Process(self.process.pid).net_connections("tcp")
@@ -213,7 +221,7 @@ class Server:
     def check_nothing_leaked(self) -> None:
         for exchange in self.exchanges:
             found = LEAKS.search(exchange)
-            assert not found, exchange[max(0, found.start() - 100) :][:300]
+            assert not found, f"leaked: {exchange[max(0, found.start() - 100) :][:300]!r}"
 
     def end(self, number: int = signal.SIGTERM, timeout_s: float = PATIENCE_S) -> int:
         """Send a signal; return the exit code."""

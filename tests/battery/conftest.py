@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.battery.base_line import BaseLine
 from tests.battery.client import CANARY, KEY, OTHER_KEY, Server, Starter, Vitals, running
 from tests.toy import write_toy_checkpoint
 
-MAX_GROWTH = 96 << 20  # of a server over one case
-MAX_GROWTH_IN_ALL = 384 << 20  # with 128 compiled grammars
 NUM_BLOCKS = 96
 BYTES_PER_TOKEN = 256  # of the toy's K/V
 Start = Callable[..., AbstractContextManager[Server]]
@@ -91,7 +90,7 @@ class Shared:
         self.close()
         self._server = self._stack.enter_context(self._open())
         self._warm_up(self._server)
-        self.at_start = self._server.vitals()
+        self.at_start = self._server.vitals_at_rest()
         return self._server
 
     def _warm_up(self, server: Server) -> None:
@@ -125,20 +124,9 @@ def live(shared: Shared) -> Iterator[Server]:
     """The shared server, which must be as well after a case as before."""
     server = shared.get()
     server.exchanges.clear()
-    before = server.vitals()
+    base_line = BaseLine(shared.reference, shared.at_start, before=server.vitals_at_rest())
     yield server
-    assert server.process.poll() is None, server.log_text()[-3000:]
-    assert server.get("/health", key=None).status == 200
-    assert server.canary() == shared.reference
-    server.wait(server.is_idle)
-    start = shared.at_start
-    server.wait(lambda: server.vitals().num_files <= start.num_files + 1)
-    after = server.vitals()
-    assert after.num_threads <= start.num_threads + 1
-    assert after.num_children <= start.num_children
-    assert after.resident < before.resident + MAX_GROWTH
-    assert after.resident < start.resident + MAX_GROWTH_IN_ALL
-    server.check_nothing_leaked()
+    base_line.check(server)
 
 
 class Trap:

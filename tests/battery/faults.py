@@ -4,6 +4,9 @@ They stand in front of real ones. What they raise holds a path, an address and a
 answer that quotes an exception is noticed.
 """
 
+import dataclasses
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +15,15 @@ from types import SimpleNamespace
 import torch
 
 from app.engine.scheduler import ScheduledStep, Scheduler
-from model.step import FillMasks, Runner, RunnerLimits, StepHandle, StepPlan, StepResult
+from model.step import (
+    FillMasks,
+    RowResult,
+    Runner,
+    RunnerLimits,
+    StepHandle,
+    StepPlan,
+    StepResult,
+)
 
 INNER = "at 0x7f3a5c0de000 in /usr/lib/python3/site-packages/inner.py, key hidden-in-the-fault"
 DAY_S = 86_400.0
@@ -80,7 +91,9 @@ class FaultyRunner:
     `fault:raise` always; `fault:once`, `fault:prefill` and `fault:decode` (the device is out of
     memory) for the first step of that kind; `fault:nan`; `fault:hang`; `fault:lost` (no step
     succeeds ever after); `fault:die` (the thread ends); `fault:day+`, `fault:day-`, `fault:day0`
-    (the wall clock leaps); `fault:id=N` (that id can't be turned into text any more).
+    (the wall clock leaps); `fault:id=N` (that id can't be turned into text any more); `fault:told`
+    (the row's error, which clients are told, quotes an exception); `fault:wrong` (from now on each
+    token is another); `fault:leak=file`, `=thread`, `=child`, `=memory` (for good); `fault:heal`.
     """
 
     def __init__(self, inner: Runner, text_of: Callable[[tuple[int, ...]], str]) -> None:
@@ -88,7 +101,8 @@ class FaultyRunner:
         self._text_of = text_of
         self._wanted: dict[int, tuple[str, str]] = {}  # row -> fault, the text that asks for it
         self._had: set[str] = set()
-        self._is_lost = False
+        self._is_lost = self._is_wrong = False
+        self._leaks: list[object] = []
         self.clock = Clock()
         self.tokenizer = SimpleNamespace(breaks_at=None)
         self._network = None
@@ -121,7 +135,16 @@ class FaultyRunner:
         return self._inner.launch(plan, fill_masks)
 
     def collect(self, handle: StepHandle) -> StepResult:
-        return self._inner.collect(handle)
+        result = self._inner.collect(handle)
+        return dataclasses.replace(result, rows=tuple(map(self._distort, result.rows)))
+
+    def _distort(self, row: RowResult) -> RowResult:
+        if self._wanted.get(row.row, ("",))[0] == "told":
+            return RowResult(row=row.row, error=f"Traceback (most recent call last): {INNER}")
+        if self._is_wrong:
+            wrong = tuple(max(0, token_id - 1) for token_id in row.token_ids)
+            return dataclasses.replace(row, token_ids=wrong)
+        return row
 
     def _break(self, fault: str, text: str, *, is_prefill: bool) -> None:
         is_first = text not in self._had
@@ -142,11 +165,32 @@ class FaultyRunner:
         if fault.startswith("id="):
             number = int(fault[3:])
             self.tokenizer.breaks_at = number if number >= 0 else None
+        if is_first and fault.startswith("leak=") and fault != "leak=block":
+            self._had.add(text)
+            self._leaks.append(leak(fault.removeprefix("leak=")))
         self._is_lost |= fault == "lost"
+        self._is_wrong = fault == "wrong" or (self._is_wrong and fault != "heal")
+
+
+def leak(kind: str) -> object:
+    """Take something that is given back when the result is forgotten, and not before."""
+    if kind == "file":
+        return open(os.devnull)
+    if kind == "thread":
+        thread = threading.Thread(target=threading.Event().wait, daemon=True)
+        thread.start()
+        return thread
+    if kind == "child":
+        return subprocess.Popen(["sleep", "60"])  # long enough to be seen
+    assert kind == "memory"
+    return bytearray(os.urandom(1 << 20) * 100)
 
 
 class BuggyScheduler(Scheduler):
-    """Breaks in the middle of its work: once for each request that asks, or as long as it does."""
+    """Breaks in the middle of its work: once for each request that asks, or as long as it does.
+
+    `fault:leak=block` has it lose a block for good.
+    """
 
     text_of: Callable[[tuple[int, ...]], str]
     had: set[str]
@@ -158,4 +202,7 @@ class BuggyScheduler(Scheduler):
                 self.had.add(text)
                 self.running.clear()
                 raise KeyError(f"a bug {INNER}")
+            if "fault:leak=block" in text and text not in self.had:
+                self.had.add(text)
+                self.allocator.allocate(1)
         return super().schedule()

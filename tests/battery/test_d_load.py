@@ -247,12 +247,12 @@ def test_d22_mixed_load_with_aborts_and_faults_leaves_memory_flat(live, full):
         live.wait(live.is_idle)  # and all blocks are free
         live.check_nothing_leaked()
         live.exchanges.clear()  # they have been looked at, and are many
-        return live.vitals()
+        return live.vitals_at_rest()
 
     count = 5000 if full else 120
     first, second, third = (round_of(count) for _ in range(3))
     assert len(load.num_of) == 10
     assert sum(load.num_of.values()) == 3 * count
     assert third.resident < second.resident + (16 << 20)
-    assert third.num_threads <= first.num_threads + 1
-    assert third.num_files <= first.num_files + 8  # connections that are just being closed
+    assert third.num_threads <= first.num_threads
+    assert third.num_files <= first.num_files

@@ -1,0 +1,37 @@
+"""What must hold of a server after a case as before it."""
+
+from dataclasses import dataclass
+
+from tests.battery.client import PATIENCE_S, Server, Vitals
+
+MAX_GROWTH = 96 << 20  # of the resident memory over one case
+MAX_GROWTH_IN_ALL = 384 << 20  # with 128 compiled grammars
+
+
+@dataclass(frozen=True)
+class BaseLine:
+    """What a server says and holds when it is well and has nothing to do."""
+
+    reference: list[int]  # what the canary says
+    at_start: Vitals
+    before: Vitals  # the case
+
+    def check(self, server: Server, timeout_s: float = PATIENCE_S) -> None:
+        """Raise AssertionError unless the server is as well, and has said nothing that it may not.
+
+        What is just being closed is waited for.
+        """
+        start = self.at_start
+        assert server.process.poll() is None, f"has ended: {server.log_text()[-3000:]}"
+        assert server.get("/health", key=None).status == 200, "is not healthy"
+        assert server.canary() == self.reference, "the canary sings another song"
+        server.wait(server.is_idle, timeout_s, "blocks or requests are left")
+        server.wait(lambda: server.vitals().num_files <= start.num_files, timeout_s, "open files")
+        server.wait(lambda: server.vitals().num_threads <= start.num_threads, timeout_s, "threads")
+        after = server.vitals()
+        assert after.num_children <= start.num_children, "a child process is left"
+        growth = after.resident - self.before.resident
+        growth_in_all = after.resident - start.resident
+        assert growth < MAX_GROWTH, f"memory grew by {growth >> 20} MiB"
+        assert growth_in_all < MAX_GROWTH_IN_ALL, f"memory grew by {growth_in_all >> 20} MiB in all"
+        server.check_nothing_leaked()
