@@ -1,4 +1,4 @@
-"""Runs the battery and prints a table; arguments go to pytest. Exit code 1 if a case fails."""
+"""Runs the battery and prints a table; arguments go to pytest. Exit code 1 if anything fails."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,9 @@ def main() -> int:
         sys.stdout.write(f"{case} | {title:{width}} | {result} | {reason}\n")
     num_failed = sum(result != "passed" for _, _, result, _ in rows)
     sys.stdout.write(f"{len(rows) - num_failed} of {len(rows)} cases passed\n")
-    return 1 if num_failed else 0
+    for stray in report.strays:
+        sys.stdout.write(f"of no case, FAILED: {stray}\n")
+    return 1 if num_failed or report.strays else 0
 
 
 if __name__ == "__main__":

@@ -23,17 +23,20 @@ class CaseReport:
 
     faults: dict[str, list[str]] = field(default_factory=dict)
     num_passed: dict[str, int] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)  # failures of tests that are of no case
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        case = case_of(report.nodeid.rpartition("::")[2])
+        test = report.nodeid.rpartition("::")[2]
+        case = case_of(test)
         if case is None:
+            if report.failed:
+                self.strays.append(f"{test}: {_reason(report)}")
             return
         is_xfail = hasattr(report, "wasxfail")
         if report.passed and not is_xfail:
             if report.when == "call":
                 self.num_passed[case] = self.num_passed.get(case, 0) + 1
             return
-        test = report.nodeid.rpartition("::")[2]
         reason = f"{test}: {_reason(report)}"
         self.faults.setdefault(case, []).append(reason)
 

@@ -4,9 +4,11 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.battery.cases import CASES
 from tests.battery.client import ROOT
-from tests.battery.report import case_of
+from tests.battery.report import CaseReport, case_of
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 # The whole document's, and that of what is checked after each.
@@ -22,6 +24,36 @@ def test_every_case_has_a_test_and_every_test_a_case():
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     ]
     assert {case_of(name) for name in functions} == set(CASES)
+
+
+def reported(name: str, outcome: str) -> pytest.TestReport:
+    return pytest.TestReport(
+        f"tests/x.py::{name}", ("tests/x.py", 1, name), {}, outcome, "it broke", "call"
+    )
+
+
+def test_table_counts_a_case_as_passed_only_if_all_of_its_tests_passed():
+    report = CaseReport()
+    for name, outcome in (
+        ("test_a01_one", "passed"),
+        ("test_a02_one", "passed"),
+        ("test_a02_other", "failed"),
+        ("test_a03_one", "skipped"),
+    ):
+        report.pytest_runtest_logreport(reported(name, outcome))
+    results = {case: (result, reason) for case, _, result, reason in report.rows()}
+    assert results["A01"] == ("passed", "1 passed")
+    assert results["A02"] == ("FAILED", "test_a02_other: call: it broke")
+    assert results["A03"] == ("FAILED", "test_a03_one: call: it broke")
+    assert results["A04"] == ("FAILED", "has no test that ran")
+    assert report.strays == []
+
+
+def test_failure_of_a_test_without_a_case_is_reported_as_well():
+    report = CaseReport()
+    report.pytest_runtest_logreport(reported("test_of_no_case", "passed"))
+    report.pytest_runtest_logreport(reported("test_of_no_case_either", "failed"))
+    assert report.strays == ["test_of_no_case_either: call: it broke"]
 
 
 def test_ids_are_those_of_the_five_groups_without_a_gap():
