@@ -1,6 +1,7 @@
 """A server process of the battery, its vital signs, and clients that remember all it said."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -21,6 +22,7 @@ from tests.battery.faults import INNER
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 30.0
+TIMER_S = 3.0  # far more than any timer of the server's lasts
 KEY = "battery-secret-alice"
 OTHER_KEY = "battery-secret-bob"
 MODEL = "toy"
@@ -204,9 +206,22 @@ class Server:
         )
 
     def vitals_at_rest(self) -> Vitals:
-        """What the process holds when no connection is open, not even one that is just closing."""
+        """What the process holds for longer: no connection, not even one that is just closing."""
         self.wait(lambda: not self.peers())
-        return self.vitals()
+        return dataclasses.replace(self.vitals(), num_threads=self.num_lasting_threads())
+
+    def num_lasting_threads(self) -> int:
+        """How many threads there are but the watchdog's timer, a new one ten times a second."""
+        threads, num_before = self._thread_ids(), None
+        deadline_s = time.monotonic() + TIMER_S
+        while num_before in (None, len(threads)) and time.monotonic() < deadline_s:
+            threading.Event().wait(0.02)
+            num_before = len(threads)
+            threads &= self._thread_ids()
+        return len(threads)
+
+    def _thread_ids(self) -> set[int]:
+        return {thread.id for thread in psutil.Process(self.process.pid).threads()}
 
     def peers(self) -> set[int]:
         """The ports of the clients whose connections the server has not closed."""

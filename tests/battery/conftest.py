@@ -3,7 +3,6 @@
 import resource
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import count
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.battery.base_line import BaseLine
-from tests.battery.client import CANARY, KEY, OTHER_KEY, Server, Starter, Vitals, running
+from tests.battery.base_line import BaseLine, warm_up
+from tests.battery.client import KEY, OTHER_KEY, Server, Starter, Vitals, running
 from tests.toy import write_toy_checkpoint
 
 NUM_BLOCKS = 96
@@ -89,21 +88,12 @@ class Shared:
             return self._server
         self.close()
         self._server = self._stack.enter_context(self._open())
-        self._warm_up(self._server)
-        self.at_start = self._server.vitals_at_rest()
-        return self._server
-
-    def _warm_up(self, server: Server) -> None:
-        """Have everything that is made once made: threads for large bodies, the grammars."""
-        reference = server.canary()
+        warm_up(self._server)
+        reference = self._server.canary()
         assert not self.reference or reference == self.reference
         self.reference = reference
-        long_text = CANARY * 2000
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(lambda _: server.complete(long_text), range(64)))
-        assert server.chat("hi", response_format={"type": "json_object"}).status == 200
-        server.wait(server.is_idle)
-        assert server.canary() == reference  # now from the prefix cache
+        self.at_start = self._server.vitals_at_rest()
+        return self._server
 
     def close(self) -> None:
         self._stack.close()
@@ -124,7 +114,7 @@ def live(shared: Shared) -> Iterator[Server]:
     """The shared server, which must be as well after a case as before."""
     server = shared.get()
     server.exchanges.clear()
-    base_line = BaseLine(shared.reference, shared.at_start, before=server.vitals_at_rest())
+    base_line = BaseLine(shared.reference, shared.at_start, server.vitals().resident)
     yield server
     base_line.check(server)
 

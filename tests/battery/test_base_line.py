@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.battery.base_line import BaseLine
+from tests.battery.base_line import BaseLine, warm_up
 from tests.battery.client import (
-    CANARY,
     COMPLETIONS,
     KEY,
     LEAKS,
@@ -25,12 +24,8 @@ SOON_S = 3.0  # what would come back has come back by then
 
 
 def base_line_of(server: Server) -> BaseLine:
-    """Take the base line of a server that has done everything once."""
-    server.complete(CANARY)
-    assert server.chat("hi", response_format={"type": "json_object"}).status == 200
-    server.wait(server.is_idle)
     reference, vitals = server.canary(), server.vitals_at_rest()
-    base_line = BaseLine(reference, vitals, vitals)
+    base_line = BaseLine(reference, vitals, vitals.resident)
     base_line.check(server, SOON_S)
     return base_line
 
@@ -44,6 +39,7 @@ def check_fails(base_line: BaseLine, server: Server, fault: str) -> None:
 def leaking(starter, arguments, tmp_path_factory):
     """A server that the tests of this file share: a base line is taken before each leak."""
     with running(starter, arguments, tmp_path_factory.mktemp("leaking") / "log") as server:
+        warm_up(server)
         yield server
 
 
@@ -68,8 +64,8 @@ def test_memory_that_grows_little_by_little_is_noticed(leaking):
     base_line = base_line_of(leaking)
     earlier = replace(base_line.at_start, resident=base_line.at_start.resident - (300 << 20))
     assert leaking.complete("fault:leak=memory again").status == 200
-    before = replace(base_line.before, resident=leaking.vitals().resident)
-    check_fails(BaseLine(base_line.reference, earlier, before), leaking, "MiB in all")
+    resident = leaking.vitals().resident
+    check_fails(BaseLine(base_line.reference, earlier, resident), leaking, "MiB in all")
 
 
 def test_wrong_tokens_of_a_canary_are_noticed(leaking):
@@ -95,6 +91,7 @@ def test_answer_that_quotes_an_exception_is_noticed(leaking):
 
 def test_lost_block_is_noticed(start):
     with start() as server:
+        warm_up(server)
         base_line = base_line_of(server)
         assert server.complete("fault:leak=block x").status == 200
         check_fails(base_line, server, "blocks or requests are left")
@@ -103,7 +100,7 @@ def test_lost_block_is_noticed(start):
 def test_server_that_takes_no_more_requests_is_noticed(start):
     with start(flags=("--shutdown-timeout", "60"), is_scripted=True, pace_s=0.05) as server:
         vitals = server.vitals_at_rest()
-        base_line = BaseLine([], vitals, vitals)
+        base_line = BaseLine([], vitals, vitals.resident)
         with server.connect() as client:
             client.sendall(post_bytes({"prompt": "a", **LONG}, COMPLETIONS))
             server.wait(lambda: server.engine()["num_requests_running"] == 1)
@@ -114,6 +111,7 @@ def test_server_that_takes_no_more_requests_is_noticed(start):
 
 def test_server_that_has_ended_is_noticed(start):
     with start() as server:
+        warm_up(server)
         base_line = base_line_of(server)
         server.end()
         check_fails(base_line, server, "has ended")
