@@ -167,6 +167,7 @@ void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const 
         int32_t panels = (m->rows + PANEL - 1) / PANEL;
         int32_t width = (int32_t)((TASK_BYTES + panel_bytes - 1) / panel_bytes);
         if (width > (panels + MIN_TASKS - 1) / MIN_TASKS) width = (panels + MIN_TASKS - 1) / MIN_TASKS;
+        if (pool_size(pool) == 1) width = panels; /* who is alone can fetch all of it ahead */
         width = (width + TILE_PANELS - 1) / TILE_PANELS * TILE_PANELS;
         job.panels_per_task[p] = width;
         job.first_task[p + 1] = job.first_task[p] + (panels + width - 1) / width;

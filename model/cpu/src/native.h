@@ -6,6 +6,7 @@
 #ifndef ARRIERO_NATIVE_H
 #define ARRIERO_NATIVE_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -101,8 +102,12 @@ typedef struct {
 typedef struct Pool Pool;
 typedef void (*Task)(void *context, int32_t index);
 Pool *pool_create(int32_t num_threads);
+int32_t pool_size(const Pool *pool);
+int32_t thread_index(void); /* of the thread that asks, in its pool: 0 is the caller */
 void pool_destroy(Pool *pool);
 void parallel_for(Pool *pool, Task task, void *context, int32_t count);
+void parallel_in_order(Pool *pool, Task task, void *context, int32_t count);
+void wait_for(const atomic_int *count, int32_t least);
 
 /* quantize.c */
 float quantize_vector(const float *from, int32_t size, int8_t *codes);
@@ -118,12 +123,18 @@ void rms_norm(Pool *pool, const float *from, const float *weight, float eps, flo
               int32_t size, int32_t num_rows);
 void add_rows(Pool *pool, float *to, const float *from, int64_t size);
 
-/* rotary.c: turns queries and keys of qkv [T, (H + 2 K) * D] in place, stores keys and values */
-void rotate_and_store(Pool *pool, const Model *model, const Layer *layer, const Step *step,
-                      float *qkv);
+/* Some tokens of a step that follow each other. */
+typedef struct {
+    int32_t first, count;
+} Slice;
 
-/* attention.c */
-void attention(Pool *pool, const Model *model, const Layer *layer, const Step *step,
+/* rotary.c: turns a slice's queries and keys of qkv [T, (H + 2 K) * D] in place, stores its keys
+ * and values */
+void rotate_and_store(Pool *pool, const Model *model, const Layer *layer, const Step *step,
+                      Slice slice, float *qkv);
+
+/* attention.c: out [slice, H * D], from qkv [T, (H + 2 K) * D] and the K/V that are stored */
+void attention(Pool *pool, const Model *model, const Layer *layer, const Step *step, Slice slice,
                const float *qkv, float *out);
 
 /* activation.c: gate[t] = silu(gate[t]) * up[t], in gate_up [T, 2 * size] */
@@ -144,6 +155,7 @@ void pack_blocks(Pool *pool, const Matrix *matrix, int32_t block_type, const uin
 void unpack_row(const Matrix *matrix, int32_t row, float *to);
 
 /* embedding.c */
-void embed(Pool *pool, const Model *model, const Step *step, float *to);
+void embed(Pool *pool, const Model *model, const int64_t *token_ids, int32_t num_tokens,
+           float *to);
 
 #endif

@@ -1,8 +1,8 @@
 /* Activations to int8, each row by itself: code = round(x / scale), scale = max |x| / 127 a group. */
 #include <math.h>
-#include <string.h>
 
 #include "native.h"
+#include "simd.h"
 
 typedef struct {
     Rows *rows;
@@ -10,48 +10,33 @@ typedef struct {
     int32_t stride, cols;
 } Quantize;
 
-/* Largest magnitude of a group; `check` becomes 0, or NaN if anything is not finite (a maximum would
- * pass NaN over, a sum of products with 0 does not). */
-static float largest_magnitude(const float *x, int32_t size, float *check) {
-    float part[16] = {0}, zero[16] = {0};
-    int32_t i = 0;
-    for (; i + 16 <= size; i += 16)
-        for (int j = 0; j < 16; j++) {
-            float a = fabsf(x[i + j]);
-            part[j] = a > part[j] ? a : part[j];
-            zero[j] += x[i + j] * 0.0f;
-        }
-    float most = 0, total = 0;
-    for (; i < size; i++) {
-        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-        total += x[i] * 0.0f;
-    }
-    for (int j = 0; j < 16; j++) {
-        most = part[j] > most ? part[j] : most;
-        total += zero[j];
-    }
-    *check = total;
-    return most;
-}
-
 /* A group of a row; a group that is not finite gets a scale that is not, and stays the row's own. */
-static void quantize_group(const float *x, int32_t size, int32_t padded, int8_t *codes,
+INLINE void quantize_group(const float *x, int32_t size, int32_t padded, int8_t *codes,
                            float *scale, int32_t *sum) {
-    float check, most = largest_magnitude(x, size, &check);
-    *scale = most / 127.0f + check;
-    float inverse = most > 1e-30f && check == 0 ? 127.0f / most : 0.0f;
-    int32_t total = 0;
-    const float magic = 12582912.0f; /* adding 1.5 * 2^23 rounds to the nearest, ties to even */
-    for (int32_t i = 0; i < size; i++) {
-        float shifted = x[i] * inverse + magic;
-        int32_t bits;
-        memcpy(&bits, &shifted, 4);
-        int32_t code = inverse == 0 ? 0 : bits - 0x4b400000;
-        codes[i] = (int8_t)code;
+    vf magnitudes = {0}, zero = {0}; /* times 0 is NaN if anything is not finite; a maximum is not */
+    for (int32_t i = 0; i < size; i += LANES) {
+        vf a = load_some(x + i, size - i);
+        magnitudes = larger(magnitude(a), magnitudes);
+        zero += a * 0.0f;
+    }
+    vi is_finite = zero == (vf){0};
+    float most = largest(magnitudes);
+    int all_finite = total_of(is_finite) == -LANES;
+    *scale = all_finite ? most / 127.0f : NAN;
+    *sum = 0;
+    memset(codes + size, 0, (size_t)(padded - size));
+    if (!all_finite || most <= 1e-30f) {
+        memset(codes, 0, (size_t)size);
+        return;
+    }
+    vf inverse = broadcast(127.0f / most);
+    vi total = {0};
+    for (int32_t i = 0; i < size; i += LANES) {
+        vi code = nearest(load_some(x + i, size - i) * inverse);
+        store_bytes(codes + i, code, size - i);
         total += code;
     }
-    memset(codes + size, 0, (size_t)(padded - size));
-    *sum = total;
+    *sum = total_of(total);
 }
 
 /* Codes of one vector; returns their scale. */

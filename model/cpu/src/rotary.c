@@ -9,6 +9,7 @@ typedef struct {
     const Model *model;
     const Layer *layer;
     const Step *step;
+    int32_t first;
     float *qkv;
 } Turn;
 
@@ -58,8 +59,9 @@ static void store_key_value(const Model *m, const Layer *layer, int64_t slot, co
     }
 }
 
-static void rotate_token(void *context, int32_t token) {
+static void rotate_token(void *context, int32_t index) {
     const Turn *job = context;
+    int32_t token = job->first + index;
     const Model *m = job->model;
     int32_t half = m->head_dim / 2, num_rotated = m->num_heads + m->num_kv_heads;
     size_t width = (size_t)(num_rotated + m->num_kv_heads) * m->head_dim;
@@ -74,7 +76,7 @@ static void rotate_token(void *context, int32_t token) {
 }
 
 void rotate_and_store(Pool *pool, const Model *model, const Layer *layer, const Step *step,
-                      float *qkv) {
-    Turn job = {model, layer, step, qkv};
-    parallel_for(pool, rotate_token, &job, step->num_tokens);
+                      Slice slice, float *qkv) {
+    Turn job = {model, layer, step, slice.first, qkv};
+    parallel_for(pool, rotate_token, &job, slice.count);
 }

@@ -26,13 +26,25 @@ typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+typedef int8_t vb __attribute__((vector_size(LANES)));
 
 INLINE vf load(const float *from) { vf v; memcpy(&v, from, sizeof v); return v; }
 INLINE void store(float *to, vf v) { memcpy(to, &v, sizeof v); }
 INLINE vf broadcast(float x) { return x - (vf){0}; }
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+
+/* a > b ? a : b, and with < the smaller: if either is NaN, b. */
+#if LANES == 16
+INLINE vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif LANES == 8
+INLINE vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vf smaller(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 INLINE vf larger(vf a, vf b) { return choose(a > b, a, b); }
 INLINE vf smaller(vf a, vf b) { return choose(a < b, a, b); }
+#endif
+INLINE float larger_of(float a, float b) { return a > b ? a : b; }
 INLINE vf magnitude(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 /* The first `count` of a vector, as far as it has them; the others are 0. */
@@ -55,6 +67,27 @@ INLINE vf fma_(vf a, vf b, vf c) {
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;
+#endif
+}
+
+/* The largest, and the sum, of a vector's. */
+INLINE float largest(vf a) {
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)a);
+#else
+    float most = a[0];
+    for (int j = 1; j < LANES; j++) most = larger_of(a[j], most);
+    return most;
+#endif
+}
+
+INLINE int32_t total_of(vi a) {
+#if LANES == 16
+    return _mm512_reduce_add_epi32((__m512i)a);
+#else
+    int32_t total = 0;
+    for (int j = 0; j < LANES; j++) total += a[j];
+    return total;
 #endif
 }
 
@@ -136,6 +169,13 @@ INLINE vf load_codes(const int8_t *from) {
     for (int i = 0; i < LANES; i++) v[i] = from[i];
     return v;
 #endif
+}
+
+/* The first `count` of integers in the range of bytes. */
+INLINE void store_bytes(int8_t *to, vi codes, int32_t count) {
+    vb bytes = __builtin_convertvector(codes, vb);
+    if (count >= LANES) memcpy(to, &bytes, sizeof bytes);
+    else memcpy(to, &bytes, (size_t)count);
 }
 
 /* The nearest integers, ties to even, of |x| < 2^22: adding 1.5 * 2^23 leaves them in the low bits. */

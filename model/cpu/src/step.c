@@ -1,15 +1,43 @@
-/* The whole network over a step's tokens: what model/llama.py does, in one call. */
+/* The whole network over a step's tokens: what model/llama.py does, in one call.
+ *
+ * In a step of few tokens the threads share out each operation, so that the weights are read once.
+ * In one of many, each thread takes a slice of the tokens through a layer by itself: what it has
+ * written lies in its own cache when it is read again. Which of the two, and who takes which
+ * slice, changes no bit.
+ */
 #include <stdlib.h>
 #include <string.h>
 
 #include "native.h"
 
+#define MOST_TOKENS 64   /* of a slice: what lies between a layer's operations fits a core's cache */
+#define FEWEST_TOKENS 32 /* that make it worth a thread's while to read all weights */
+
+/* Room for a slice's tokens on their way through a layer. */
+typedef struct {
+    float *normed; /* [tokens, hidden or H * D] */
+    float *wide;   /* [tokens, 2 * intermediate or hidden] */
+    Rows rows;
+} Work;
+
 typedef struct {
     Model model;
-    Pool *pool;
-    float *stream, *normed, *qkv, *gate_up;
-    Rows rows;
+    Pool *pool, *alone; /* a pool of one thread: whoever uses it */
+    float *stream;      /* [T, hidden] */
+    float *qkv;         /* [T, (H + 2 K) * D] */
+    int32_t num_threads, work_rows; /* of the first work; the others have MOST_TOKENS */
+    Work *work;         /* one a thread */
 } Engine;
+
+/* A step on its way: slices pass stage after stage, from the keys and values of one layer to those
+ * of the next. */
+typedef struct {
+    Engine *engine;
+    const Step *step;
+    float *hidden;
+    int32_t num_slices, slice_tokens;
+    atomic_int *passed; /* stages, of each slice */
+} Passage;
 
 static int32_t widest(const Model *m) {
     int32_t most = m->head.padded_cols;
@@ -27,10 +55,31 @@ static void *buffer(size_t count, size_t size) {
     return posix_memalign(&memory, 64, (count * size + 63) / 64 * 64) ? NULL : memory;
 }
 
+static int32_t larger_of(int32_t a, int32_t b) { return a > b ? a : b; }
+
+static int create_work(const Model *m, Work *work, size_t rows) {
+    size_t wide = (size_t)widest(m), groups = wide / INT4_GROUP + 1;
+    int32_t q_size = m->num_heads * m->head_dim;
+    work->normed = buffer(rows * (size_t)larger_of(m->hidden_size, q_size), sizeof(float));
+    work->wide = buffer(rows * (size_t)larger_of(2 * m->intermediate_size, m->hidden_size),
+                        sizeof(float));
+    work->rows.codes = buffer(rows * wide, 1);
+    work->rows.scales = buffer(rows * groups, sizeof(float));
+    work->rows.sums = buffer(rows * groups, sizeof(int32_t));
+    return work->normed && work->wide && work->rows.codes && work->rows.scales && work->rows.sums;
+}
+
 void engine_destroy(Engine *engine) {
-    void *all[] = {engine->stream, engine->normed, engine->qkv, engine->gate_up,
-                   engine->rows.codes, engine->rows.scales, engine->rows.sums};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    for (int32_t i = 0; engine->work && i < engine->num_threads; i++) {
+        Work *work = &engine->work[i];
+        void *all[] = {work->normed, work->wide, work->rows.codes, work->rows.scales,
+                       work->rows.sums};
+        for (size_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
+    }
+    if (engine->alone) pool_destroy(engine->alone);
+    free(engine->work);
+    free(engine->stream);
+    free(engine->qkv);
     free(engine);
 }
 
@@ -40,77 +89,120 @@ Engine *engine_create(const Model *model, Pool *pool) {
     if (!engine) return NULL;
     engine->model = *model;
     engine->pool = pool;
-    size_t T = (size_t)model->max_tokens, wide = (size_t)widest(model);
-    size_t q_size = (size_t)model->num_heads * model->head_dim;
-    size_t kv_size = (size_t)model->num_kv_heads * model->head_dim;
-    size_t row = (size_t)model->hidden_size > q_size ? (size_t)model->hidden_size : q_size;
-    size_t groups = wide / INT4_GROUP + 1;
+    engine->num_threads = pool_size(pool);
+    engine->work_rows = larger_of(MOST_TOKENS, engine->num_threads * FEWEST_TOKENS);
+    size_t T = (size_t)model->max_tokens;
+    size_t heads = (size_t)(model->num_heads + 2 * model->num_kv_heads);
+    engine->alone = pool_create(1);
     engine->stream = buffer(T * (size_t)model->hidden_size, sizeof(float));
-    engine->normed = buffer(T * row, sizeof(float));
-    engine->qkv = buffer(T * (row + 2 * kv_size), sizeof(float)); /* o_proj's output as well */
-    engine->gate_up = buffer(T * 2 * (size_t)model->intermediate_size, sizeof(float));
-    engine->rows.codes = buffer(T * wide, 1);
-    engine->rows.scales = buffer(T * groups, sizeof(float));
-    engine->rows.sums = buffer(T * groups, sizeof(int32_t));
-    if (engine->stream && engine->normed && engine->qkv && engine->gate_up &&
-        engine->rows.codes && engine->rows.scales && engine->rows.sums)
-        return engine;
+    engine->qkv = buffer(T * heads * (size_t)model->head_dim, sizeof(float));
+    engine->work = calloc((size_t)engine->num_threads, sizeof(Work));
+    int is_whole = engine->alone && engine->stream && engine->qkv && engine->work;
+    for (int32_t i = 0; is_whole && i < engine->num_threads; i++)
+        is_whole = create_work(model, &engine->work[i], (size_t)(i ? MOST_TOKENS : engine->work_rows));
+    if (is_whole) return engine;
     engine_destroy(engine);
     return NULL;
 }
 
 /* out [num_rows, outputs of all parts] = from [num_rows, cols] * parts */
-static void project(Engine *e, const float *from, int32_t from_stride, int32_t num_rows,
-                    const Matrix *const *parts, int32_t num_parts, float *out) {
+static void project(Pool *pool, Rows *rows, const float *from, int32_t from_stride,
+                    int32_t num_rows, const Matrix *const *parts, int32_t num_parts, float *out) {
     int32_t stride = 0;
     for (int32_t p = 0; p < num_parts; p++) stride += parts[p]->rows;
-    quantize_rows(e->pool, &e->rows, from, from_stride, parts[0]->cols, num_rows, parts[0]);
-    matmul(e->pool, &e->rows, num_rows, parts, num_parts, out, stride);
+    quantize_rows(pool, rows, from, from_stride, parts[0]->cols, num_rows, parts[0]);
+    matmul(pool, rows, num_rows, parts, num_parts, out, stride);
 }
 
-static void attention_block(Engine *e, const Layer *layer, const Step *step) {
+/* A layer up to the point where its keys and values are stored. */
+static void begin_layer(Engine *e, Pool *pool, Work *work, const Step *step, Slice slice,
+                        int32_t index) {
     const Model *m = &e->model;
-    int32_t T = step->num_tokens;
-    rms_norm(e->pool, e->stream, layer->attention_norm, m->norm_eps, e->normed, m->hidden_size, T);
+    const Layer *layer = &m->layers[index];
     const Matrix *inputs[] = {&layer->query, &layer->key, &layer->value};
-    project(e, e->normed, m->hidden_size, T, inputs, 3, e->qkv);
-    rotate_and_store(e->pool, m, layer, step, e->qkv);
-    attention(e->pool, m, layer, step, e->qkv, e->normed);
-    const Matrix *output[] = {&layer->output};
-    project(e, e->normed, m->num_heads * m->head_dim, T, output, 1, e->qkv);
-    add_rows(e->pool, e->stream, e->qkv, (int64_t)T * m->hidden_size);
+    size_t width = (size_t)(m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
+    float *stream = e->stream + (size_t)slice.first * m->hidden_size;
+    rms_norm(pool, stream, layer->attention_norm, m->norm_eps, work->normed, m->hidden_size,
+             slice.count);
+    project(pool, &work->rows, work->normed, m->hidden_size, slice.count, inputs, 3,
+            e->qkv + (size_t)slice.first * width);
+    rotate_and_store(pool, m, layer, step, slice, e->qkv);
 }
 
-static void mlp_block(Engine *e, const Layer *layer, const Step *step) {
+/* The rest of it, once those of all slices are. */
+static void end_layer(Engine *e, Pool *pool, Work *work, const Step *step, Slice slice,
+                      int32_t index) {
     const Model *m = &e->model;
-    int32_t T = step->num_tokens;
-    rms_norm(e->pool, e->stream, layer->mlp_norm, m->norm_eps, e->normed, m->hidden_size, T);
-    const Matrix *inputs[] = {&layer->gate, &layer->up};
-    project(e, e->normed, m->hidden_size, T, inputs, 2, e->gate_up);
-    swiglu(e->pool, e->gate_up, m->intermediate_size, T);
-    const Matrix *down[] = {&layer->down};
-    project(e, e->gate_up, 2 * m->intermediate_size, T, down, 1, e->normed);
-    add_rows(e->pool, e->stream, e->normed, (int64_t)T * m->hidden_size);
+    const Layer *layer = &m->layers[index];
+    const Matrix *output[] = {&layer->output}, *inputs[] = {&layer->gate, &layer->up},
+                 *down[] = {&layer->down};
+    int32_t hidden = m->hidden_size, inner = m->intermediate_size, count = slice.count;
+    float *stream = e->stream + (size_t)slice.first * hidden;
+    attention(pool, m, layer, step, slice, e->qkv, work->normed);
+    project(pool, &work->rows, work->normed, m->num_heads * m->head_dim, count, output, 1,
+            work->wide);
+    add_rows(pool, stream, work->wide, (int64_t)count * hidden);
+    rms_norm(pool, stream, layer->mlp_norm, m->norm_eps, work->normed, hidden, count);
+    project(pool, &work->rows, work->normed, hidden, count, inputs, 2, work->wide);
+    swiglu(pool, work->wide, inner, count);
+    project(pool, &work->rows, work->wide, 2 * inner, count, down, 1, work->normed);
+    add_rows(pool, stream, work->normed, (int64_t)count * hidden);
+}
+
+/* From the keys and values of a layer, which the slice and all before it have stored, to the next's. */
+static void run_stage(const Passage *p, Pool *pool, Work *work, Slice slice, int32_t stage) {
+    Engine *e = p->engine;
+    const Model *m = &e->model;
+    size_t first = (size_t)slice.first * m->hidden_size;
+    float *stream = e->stream + first;
+    if (stage == 0) embed(pool, m, p->step->token_ids + slice.first, slice.count, stream);
+    else end_layer(e, pool, work, p->step, slice, stage - 1);
+    if (stage < m->num_layers) {
+        begin_layer(e, pool, work, p->step, slice, stage);
+        return;
+    }
+    if (m->rotation.size) unrotate_rows(pool, &m->rotation, stream, slice.count);
+    rms_norm(pool, stream, m->final_norm, m->norm_eps, p->hidden + first, m->hidden_size,
+             slice.count);
+}
+
+static void run_slice(void *context, int32_t index) {
+    const Passage *p = context;
+    Engine *e = p->engine;
+    int32_t stage = index / p->num_slices, number = index % p->num_slices;
+    Slice slice = {number * p->slice_tokens, p->slice_tokens};
+    int32_t left = p->step->num_tokens - slice.first;
+    if (slice.count > left) slice.count = left;
+    for (int32_t i = 0; i <= number; i++) wait_for(&p->passed[i], stage);
+    if (slice.count > 0) run_stage(p, e->alone, &e->work[thread_index()], slice, stage);
+    atomic_store_explicit(&p->passed[number], stage + 1, memory_order_release);
 }
 
 /* Write the step's K/V and the last hidden states [T, hidden], normalised, not rotated. */
 void engine_forward(Engine *e, const Step *step, float *hidden) {
-    const Model *m = &e->model;
-    embed(e->pool, m, step, e->stream);
-    for (int32_t i = 0; i < m->num_layers; i++) {
-        attention_block(e, &m->layers[i], step);
-        mlp_block(e, &m->layers[i], step);
-    }
-    if (m->rotation.size) unrotate_rows(e->pool, &m->rotation, e->stream, step->num_tokens);
-    rms_norm(e->pool, e->stream, m->final_norm, m->norm_eps, hidden, m->hidden_size,
-             step->num_tokens);
+    int32_t T = step->num_tokens, threads = e->num_threads, num_stages = e->model.num_layers + 1;
+    int32_t num_slices = (T + threads * MOST_TOKENS - 1) / (threads * MOST_TOKENS) * threads;
+    atomic_int passed[num_slices];
+    for (int32_t i = 0; i < num_slices; i++) atomic_init(&passed[i], 0);
+    Passage passage = {e, step, hidden, num_slices, (T + num_slices - 1) / num_slices, passed};
+    if (T >= threads * FEWEST_TOKENS)
+        parallel_in_order(e->pool, run_slice, &passage, num_slices * num_stages);
+    else
+        for (int32_t stage = 0; stage < num_stages; stage++)
+            run_stage(&passage, e->pool, &e->work[0], (Slice){0, T}, stage);
 }
 
-/* Write the logits [num_rows, vocab] of hidden states [num_rows <= max_tokens, hidden]. */
+/* Write the logits [num_rows, vocab] of hidden states [num_rows, hidden]. */
 void engine_logits(Engine *e, const float *hidden, int32_t num_rows, float *logits) {
     const Model *m = &e->model;
-    memcpy(e->normed, hidden, (size_t)num_rows * m->hidden_size * sizeof(float));
-    if (m->rotation.size) rotate_rows(e->pool, &m->rotation, e->normed, num_rows);
     const Matrix *head[] = {&m->head};
-    project(e, e->normed, m->hidden_size, num_rows, head, 1, logits);
+    Work *work = &e->work[0];
+    for (int32_t first = 0; first < num_rows; first += e->work_rows) {
+        int32_t count = num_rows - first < e->work_rows ? num_rows - first : e->work_rows;
+        memcpy(work->normed, hidden + (size_t)first * m->hidden_size,
+               (size_t)count * m->hidden_size * sizeof(float));
+        if (m->rotation.size) rotate_rows(e->pool, &m->rotation, work->normed, count);
+        project(e->pool, &work->rows, work->normed, m->hidden_size, count, head, 1,
+                logits + (size_t)first * m->vocab_size);
+    }
 }

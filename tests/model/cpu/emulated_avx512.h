@@ -68,6 +68,31 @@ EMULATED __m512 emulated_from_codes(__m128i codes) {
     return (__m512)emulated_load(x);
 }
 
+EMULATED __m512 emulated_extreme(__m512 a, __m512 b, int sign) {
+    float x[16], y[16];
+    memcpy(x, &a, 64), memcpy(y, &b, 64);
+    for (int i = 0; i < 16; i++) y[i] = sign * x[i] > sign * y[i] ? x[i] : y[i];
+    return (__m512)emulated_load(y);
+}
+
+EMULATED float emulated_largest(__m512 a) {
+    float x[16];
+    memcpy(x, &a, 64);
+    for (int i = 1; i < 16; i++) x[0] = x[i] > x[0] ? x[i] : x[0];
+    return x[0];
+}
+
+EMULATED int32_t emulated_total(__m512i a) {
+    int32_t x[16];
+    memcpy(x, &a, 64);
+    for (int i = 1; i < 16; i++) x[0] += x[i];
+    return x[0];
+}
+
+#define _mm512_max_ps(a, b) emulated_extreme(a, b, 1)
+#define _mm512_min_ps(a, b) emulated_extreme(a, b, -1)
+#define _mm512_reduce_max_ps(a) emulated_largest(a)
+#define _mm512_reduce_add_epi32(a) emulated_total(a)
 #define _mm512_loadu_si512(from) emulated_load(from)
 #define _mm512_set1_epi32(x) emulated_set1_32(x)
 #define _mm512_set1_epi8(x) emulated_set1_32((x) * 0x01010101)
