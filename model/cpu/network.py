@@ -10,7 +10,6 @@ from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from model.cpu.matrices import (
     Packer,
     Rotation,
 )
+from model.cpu.memory import GrowingMemory
 from model.errors import ConfigError
 from model.kv_pool import INT8_SCALE_BYTES
 from model.layers.rotary import RotaryEmbedding
@@ -48,6 +48,7 @@ from model.weights.tensors import EMBEDDING, HEAD, NORM, PackedTensor
 
 Quantization = Literal["none", "int8", "int4"]
 ROTATION_SEED = 0x6172726965726F
+READY_TOKENS = 4096  # whose K/V has pages before they are used
 
 
 class Weights(Protocol):
@@ -85,7 +86,8 @@ class NativeNetwork:
         self._config = config
         self._max_tokens = sizes.max_tokens
         self._arena = Arena()
-        self._pool = _kv_pool(config, sizes.num_blocks * sizes.block_size // TILE, kv_dtype)
+        num_tiles = sizes.num_blocks * sizes.block_size // TILE
+        self._memory, self._pool = _kv_pool(config, num_tiles, kv_dtype)
         rotary = RotaryEmbedding(config, sizes.max_model_len, torch.device("cpu"))
         self._cos, self._sin = rotary.half_tables()
         loader = _Loader(config, weights, library, self._arena, scheme)
@@ -133,6 +135,8 @@ class NativeNetwork:
         assert num_tokens <= self._max_tokens
         hidden = torch.empty(num_tokens, self._config.hidden_size)
         tables = inputs.block_tables.contiguous()
+        num_tiles = int(inputs.slots.max()) // TILE + 1
+        self._memory.use(num_tiles * self._pool.stride(0) * self._pool.element_size())
         step = Step(
             num_tokens=num_tokens,
             num_sequences=len(inputs.seq_lens),
@@ -251,15 +255,18 @@ class _Loader:
         return self._packer.pack(self._weights.read(name), form, bias)
 
 
-def _kv_pool(config: ModelConfig, num_tiles: int, dtype: torch.dtype) -> Tensor:
-    """Return the K/V pool [tiles, layers, 2, K * head size], as pages that the kernel gives lazily.
+def _kv_pool(
+    config: ModelConfig, num_tiles: int, dtype: torch.dtype
+) -> tuple[GrowingMemory, Tensor]:
+    """Return the K/V pool [tiles, layers, 2, K * head size] and what it lies in.
 
     Tiles are outermost, so that a few tokens touch few pages, large ones included.
     """
     part = config.num_kv_heads * _kv_head_size(config, dtype)
     shape = (num_tiles, config.num_layers, 2, part)
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
+    tile_bytes = math.prod(shape[1:]) * dtype.itemsize
+    memory = GrowingMemory(num_tiles * tile_bytes, READY_TOKENS // TILE * tile_bytes)
+    return memory, memory.tensor.view(dtype).view(shape)
 
 
 def _kv_head_size(config: ModelConfig, dtype: torch.dtype) -> int:
