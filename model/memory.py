@@ -7,6 +7,7 @@ import torch
 
 from model.attention.paged import KEY_BLOCK
 from model.config import LoadOptions, ModelConfig
+from model.cpu.threads import available_threads
 from model.errors import ConfigError, ResourceError
 from model.graphs import decode_sizes
 from model.kv_pool import kv_bytes_per_token
@@ -17,6 +18,7 @@ CPU_KV_CACHE_BYTES = 4 << 30  # unless --kv-cache-memory-bytes says otherwise
 CPU_KV_CACHE_SHARE = 0.4  # of what is available once the weights are in
 GRAPH_BYTES = 8 << 20  # of a CUDA graph, in the driver; not measured
 LIBRARY_BYTES = 128 << 20  # what cuBLAS and the allocator's rounding take; not measured
+NATIVE_ROWS = 96  # of work space a thread, at most: step.c
 DRAW_BYTES = 96 << 10  # of a sequence: partial sums and the short list of model/kernels/sample.py
 # Of model/kernels/paged_decode.py, which cannot be imported without Triton.
 MAX_SPLITS = 32  # of a sequence's keys
@@ -204,10 +206,13 @@ def _native_work(config: ModelConfig, num_tokens: int, num_seqs: int) -> _Work:
     """Sum what a native step allocates once, and the logits of the largest step."""
     q_size = config.num_heads * config.head_dim
     kv_size = config.num_kv_heads * config.head_dim
-    widest = max(config.hidden_size, q_size, config.intermediate_size)
-    floats = 3 * config.hidden_size + 2 * q_size + 2 * kv_size + 2 * config.intermediate_size
-    rows = num_tokens * (4 * floats + widest + widest // 32 * 8)
-    return _Work(workspace_bytes=rows, logits_bytes=num_seqs * config.vocab_size * 4 * 2)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    of_token = 4 * (2 * hidden + q_size + 2 * kv_size)  # stream, what comes out, queries to values
+    widest = max(hidden, q_size, inner)
+    of_row = 4 * (max(hidden, q_size) + max(2 * inner, hidden)) + widest + widest // 32 * 8
+    num_rows = NATIVE_ROWS * available_threads()
+    workspace = num_tokens * of_token + num_rows * of_row
+    return _Work(workspace_bytes=workspace, logits_bytes=num_seqs * config.vocab_size * 4 * 2)
 
 
 def available_host_bytes() -> int:

@@ -1,10 +1,11 @@
 """Memory for K/V whose pages are had before they are needed.
 
-A page that was never written costs a fault at its first write, in which the kernel zeroes it; on a
-virtual machine the host has to find it as well, which took 40 ms of a prompt whose products took
-100. The whole plan is not touched at once either, as most servers never use it.
+The first write to a page costs a fault, in which the kernel zeroes it; on a virtual machine the host
+may have to find it as well, which was seen to take half as long as computing the tokens that it
+is for. All of the plan is not touched at once either, as most servers never use it.
 """
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -22,12 +23,15 @@ _LEAST_PRIORITY = 19
 
 
 class GrowingMemory:
-    """Zeroed memory that is used from its beginning on; what comes next is made ready meanwhile."""
+    """Zeroed bytes that are used from the first on; pages for the next are made ready meanwhile.
+
+    `tensor` [num_bytes] uint8 is valid as long as this lives.
+    """
 
     def __init__(self, num_bytes: int, ahead_bytes: int) -> None:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._map = mmap.mmap(-1, max(num_bytes, 1), flags=private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a fault for 2 MiB instead of 4 KiB
+        with contextlib.suppress(OSError):  # a kernel without them; else a fault for 2 MiB, not 4 KiB
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
         self._ahead_bytes = ahead_bytes
@@ -36,29 +40,30 @@ class GrowingMemory:
         self.use(0)
 
     def use(self, num_bytes: int) -> None:
-        """Note that the first bytes are about to be written."""
-        if num_bytes + self._ahead_bytes // 2 < self._ready_bytes:
-            return
-        if self._thread is not None and self._thread.is_alive():
+        """Note that so many of the first bytes are about to be written."""
+        is_far_ahead = self._ready_bytes > num_bytes + self._ahead_bytes // 2
+        if is_far_ahead or (self._thread is not None and self._thread.is_alive()):
             return
         wanted = min(num_bytes + self._ahead_bytes, self.tensor.numel())
         if wanted <= self._ready_bytes:
             return
         start, self._ready_bytes = self._ready_bytes, wanted
-        arguments = (self._map, self.tensor.data_ptr(), start, wanted)
+        # It holds the tensor, and with it the mapping, until it is done.
         self._thread = threading.Thread(
-            target=_populate, args=arguments, name="arriero-pages", daemon=True
+            target=_populate, args=(self.tensor, start, wanted), name="arriero-pages", daemon=True
         )
         self._thread.start()
 
 
-def _populate(memory: mmap.mmap, address: int, start: int, end: int) -> None:
-    """Have the kernel give all pages of a range, on whatever time nobody else wants."""
-    del memory  # held by the caller's arguments until this ends
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
-    madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets go of the interpreter; mmap's does not
+def _populate(tensor: Tensor, start: int, end: int) -> None:
+    """Have the kernel give the pages of a range, in time that nobody else wants."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+    # Unlike mmap's, this one lets go of the interpreter.
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    address = tensor.data_ptr()
     for at in range(start // _PIECE * _PIECE, end, _PIECE):
-        length = min(_PIECE, end - at)
-        if madvise(ctypes.c_void_p(address + at), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
-            logger.debug("pages are not made ready ahead: %s", os.strerror(ctypes.get_errno()))
+        length = ctypes.c_size_t(min(_PIECE, end - at))
+        if madvise(ctypes.c_void_p(address + at), length, _MADV_POPULATE_WRITE):
+            logger.debug("no pages ahead of use: %s", os.strerror(ctypes.get_errno()))
             return

@@ -6,7 +6,6 @@
 #ifndef ARRIERO_NATIVE_H
 #define ARRIERO_NATIVE_H
 
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -106,8 +105,6 @@ int32_t pool_size(const Pool *pool);
 int32_t thread_index(void); /* of the thread that asks, in its pool: 0 is the caller */
 void pool_destroy(Pool *pool);
 void parallel_for(Pool *pool, Task task, void *context, int32_t count);
-void parallel_in_order(Pool *pool, Task task, void *context, int32_t count);
-void wait_for(const atomic_int *count, int32_t least);
 
 /* quantize.c */
 float quantize_vector(const float *from, int32_t size, int8_t *codes);

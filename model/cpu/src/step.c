@@ -29,15 +29,13 @@ typedef struct {
     Work *work;         /* one a thread */
 } Engine;
 
-/* A step on its way: slices pass stage after stage, from the keys and values of one layer to those
- * of the next. */
+/* A step on its way from the keys and values of one layer to those of the next. */
 typedef struct {
     Engine *engine;
     const Step *step;
     float *hidden;
-    int32_t num_slices, slice_tokens;
-    atomic_int *passed; /* stages, of each slice */
-} Passage;
+    int32_t number, slice_tokens;
+} Stage;
 
 static int32_t widest(const Model *m) {
     int32_t most = m->head.padded_cols;
@@ -149,47 +147,41 @@ static void end_layer(Engine *e, Pool *pool, Work *work, const Step *step, Slice
     add_rows(pool, stream, work->normed, (int64_t)count * hidden);
 }
 
-/* From the keys and values of a layer, which the slice and all before it have stored, to the next's. */
-static void run_stage(const Passage *p, Pool *pool, Work *work, Slice slice, int32_t stage) {
-    Engine *e = p->engine;
+/* Take a slice from the keys and values of one layer, which all slices have stored, to the next's. */
+static void run_stage(const Stage *stage, Pool *pool, Work *work, Slice slice) {
+    Engine *e = stage->engine;
     const Model *m = &e->model;
+    const Step *step = stage->step;
     size_t first = (size_t)slice.first * m->hidden_size;
     float *stream = e->stream + first;
-    if (stage == 0) embed(pool, m, p->step->token_ids + slice.first, slice.count, stream);
-    else end_layer(e, pool, work, p->step, slice, stage - 1);
-    if (stage < m->num_layers) {
-        begin_layer(e, pool, work, p->step, slice, stage);
+    if (stage->number == 0) embed(pool, m, step->token_ids + slice.first, slice.count, stream);
+    else end_layer(e, pool, work, step, slice, stage->number - 1);
+    if (stage->number < m->num_layers) {
+        begin_layer(e, pool, work, step, slice, stage->number);
         return;
     }
     if (m->rotation.size) unrotate_rows(pool, &m->rotation, stream, slice.count);
-    rms_norm(pool, stream, m->final_norm, m->norm_eps, p->hidden + first, m->hidden_size,
+    rms_norm(pool, stream, m->final_norm, m->norm_eps, stage->hidden + first, m->hidden_size,
              slice.count);
 }
 
 static void run_slice(void *context, int32_t index) {
-    const Passage *p = context;
-    Engine *e = p->engine;
-    int32_t stage = index / p->num_slices, number = index % p->num_slices;
-    Slice slice = {number * p->slice_tokens, p->slice_tokens};
-    int32_t left = p->step->num_tokens - slice.first;
+    const Stage *stage = context;
+    Engine *e = stage->engine;
+    Slice slice = {index * stage->slice_tokens, stage->slice_tokens};
+    int32_t left = stage->step->num_tokens - slice.first;
     if (slice.count > left) slice.count = left;
-    for (int32_t i = 0; i <= number; i++) wait_for(&p->passed[i], stage);
-    if (slice.count > 0) run_stage(p, e->alone, &e->work[thread_index()], slice, stage);
-    atomic_store_explicit(&p->passed[number], stage + 1, memory_order_release);
+    if (slice.count > 0) run_stage(stage, e->alone, &e->work[thread_index()], slice);
 }
 
 /* Write the step's K/V and the last hidden states [T, hidden], normalised, not rotated. */
 void engine_forward(Engine *e, const Step *step, float *hidden) {
-    int32_t T = step->num_tokens, threads = e->num_threads, num_stages = e->model.num_layers + 1;
+    int32_t T = step->num_tokens, threads = e->num_threads;
     int32_t num_slices = (T + threads * MOST_TOKENS - 1) / (threads * MOST_TOKENS) * threads;
-    atomic_int passed[num_slices];
-    for (int32_t i = 0; i < num_slices; i++) atomic_init(&passed[i], 0);
-    Passage passage = {e, step, hidden, num_slices, (T + num_slices - 1) / num_slices, passed};
-    if (T >= threads * FEWEST_TOKENS)
-        parallel_in_order(e->pool, run_slice, &passage, num_slices * num_stages);
-    else
-        for (int32_t stage = 0; stage < num_stages; stage++)
-            run_stage(&passage, e->pool, &e->work[0], (Slice){0, T}, stage);
+    Stage stage = {e, step, hidden, 0, (T + num_slices - 1) / num_slices};
+    for (; stage.number <= e->model.num_layers; stage.number++)
+        if (T < threads * FEWEST_TOKENS) run_stage(&stage, e->pool, &e->work[0], (Slice){0, T});
+        else parallel_for(e->pool, run_slice, &stage, num_slices);
 }
 
 /* Write the logits [num_rows, vocab] of hidden states [num_rows, hidden]. */

@@ -27,9 +27,9 @@ static _Thread_local int32_t own_index;
 struct Pool {
     int32_t num_threads; /* the caller's included */
     pthread_t *threads;
-    Task task; /* these four change only while no task is left to claim */
+    Task task; /* these three change only while no task is left to claim */
     void *context;
-    int32_t count, divisor; /* a claim takes 1 task and one of so many that are left */
+    int32_t count;
     atomic_int stopping;
     _Alignas(64) _Atomic uint64_t ticket; /* round in the high half, unclaimed tasks in the low */
     _Alignas(64) atomic_int finished;     /* tasks of this round */
@@ -56,7 +56,7 @@ static int run_some(Pool *pool) {
         Task task = pool->task;
         void *context = pool->context;
         int32_t index = pool->count - (int32_t)left;
-        int32_t taken = 1 + (int32_t)left / pool->divisor;
+        int32_t taken = 1 + (int32_t)left / (CLAIMS * pool->num_threads);
         if (atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket - (uint32_t)taken)) {
             for (int32_t i = 0; i < taken; i++) task(context, index + i);
             atomic_fetch_add(&pool->finished, taken);
@@ -94,16 +94,10 @@ static void wake(Pool *pool) {
         syscall(SYS_futex, &pool->round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
 
-/* Wait until another thread's count has come as far as `least`. */
-void wait_for(const atomic_int *count, int32_t least) {
-    for (int spins = 0; atomic_load_explicit(count, memory_order_acquire) < least; spins++) {
-        if (spins < SPINS) pause_briefly();
-        else sched_yield();
-    }
-}
-
-/* The first to be claimed is 0, and so on; a thread runs those of a claim one after the other. */
-static void run_all(Pool *pool, Task task, void *context, int32_t count, int32_t divisor) {
+/* Run task(context, 0 ... count - 1), in any order; return when all are done. Many are claimed at
+ * once while many are left: small tasks are not worth a claim each, and neighbours write to the
+ * same lines of memory. */
+void parallel_for(Pool *pool, Task task, void *context, int32_t count) {
     if (count <= 1 || pool->num_threads == 1) {
         for (int32_t index = 0; index < count; index++) task(context, index);
         return;
@@ -111,25 +105,15 @@ static void run_all(Pool *pool, Task task, void *context, int32_t count, int32_t
     pool->task = task;
     pool->context = context;
     pool->count = count;
-    pool->divisor = divisor;
     atomic_store(&pool->finished, 0);
     uint64_t round = atomic_load(&pool->ticket) >> 32;
     atomic_store(&pool->ticket, (round + 1) << 32 | (uint32_t)count);
     wake(pool);
     while (run_some(pool)) continue;
-    wait_for(&pool->finished, count);
-}
-
-/* Run task(context, 0 ... count - 1), in any order; return when all are done. Many are claimed at
- * once while many are left: small tasks are not worth a claim each, and neighbours write to the
- * same lines of memory. */
-void parallel_for(Pool *pool, Task task, void *context, int32_t count) {
-    run_all(pool, task, context, count, CLAIMS * pool->num_threads);
-}
-
-/* The same, begun in rising order and one at a time: a task may wait for an earlier one. */
-void parallel_in_order(Pool *pool, Task task, void *context, int32_t count) {
-    run_all(pool, task, context, count, INT32_MAX);
+    for (int spins = 0; atomic_load(&pool->finished) < count; spins++) {
+        if (spins < SPINS) pause_briefly();
+        else sched_yield();
+    }
 }
 
 /* Return a pool of num_threads, the caller's own included; fewer if the system gives fewer. */

@@ -8,7 +8,7 @@ import torch
 from model.cpu.library import Library
 from model.cpu.threads import available_threads
 from tests.model.cpu.drive import load_native
-from tests.model.drive import Schedule, load_network, logits_alone
+from tests.model.drive import BLOCK_SIZE, Schedule, load_network, logits_alone
 from tests.model.test_invariance import SHAPES, check_shared_prefix, random_ids, walk_through
 from tests.toy import VARIANTS, write_toy_checkpoint
 
@@ -139,6 +139,20 @@ def test_logits_are_the_same_in_any_company_chunks_and_threads(networks, full):
 
 def test_shared_prefix_gives_the_bits_of_a_computed_one(networks):
     check_shared_prefix(*networks[1])
+
+
+def test_prefix_can_be_shared_in_the_very_step_that_computes_it(networks):
+    """Even by a sequence that comes before the one that computes it."""
+    for config, network in networks:
+        rng = random.Random(1)
+        prefix = random_ids(rng, config, 12 * BLOCK_SIZE)
+        schedule = Schedule(config, network)
+        first = schedule.add(prefix + random_ids(rng, config, 3))
+        first.blocks = [schedule._free_blocks.pop() for _ in range(13)]
+        second = schedule.add(prefix + random_ids(rng, config, 2), first, len(prefix))
+        schedule.step([(second, 2), (first, len(first.token_ids))])
+        alone = logits_alone(config, network, second.token_ids)
+        assert torch.equal(torch.stack(second.logits), alone[len(prefix) :])
 
 
 def test_what_a_freed_block_held_does_not_show(networks):
