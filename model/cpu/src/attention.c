@@ -44,14 +44,14 @@ static void part_of(const Attention *job, int32_t sequence, int32_t *begin, int3
 /* The rows of a task, K/V head by K/V head, and where they have got to. */
 typedef struct {
     int32_t num_rows, rows_each, last_position;
-    const float *query[MAX_ROWS];
     float *out[MAX_ROWS];
     int32_t position[MAX_ROWS];
     float maximum[MAX_ROWS];
     _Alignas(64) float total[MAX_ROWS][LANES]; /* of weights, every LANES-th key */
+    _Alignas(64) float query[MAX_ROWS][MAX_HEAD_DIM];
     _Alignas(64) float weights[MAX_ROWS][KEY_BLOCK];
     _Alignas(64) float sums[MAX_ROWS][MAX_HEAD_DIM];
-    _Alignas(64) float block[KEY_BLOCK * MAX_HEAD_DIM]; /* keys or values as floats */
+    _Alignas(64) float block[KEY_BLOCK * MAX_HEAD_DIM]; /* keys [D, 64] or values [64, D] */
 } State;
 
 INLINE vf load_kv(const void *from, size_t at, const int kind) {
@@ -84,6 +84,26 @@ INLINE void score(State *s, int32_t row, const int R, const void *keys, const si
                 float *to = &s->weights[row + r][offset + n * TILE + v * LANES];
                 store(to, sum[r][n][v] * broadcast(scale));
             }
+}
+
+/* The same with a whole block of keys that are floats already. */
+INLINE void score_floats(State *s, int32_t row, const int R, int32_t dim, float scale) {
+    enum { N = KEY_BLOCK / LANES };
+    const int half = LANES == 16 ? N : 2; /* as many sums as there are registers for */
+    for (int first = 0; first < N; first += half) {
+        vf sum[TOGETHER][N];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < half; v++) sum[r][v] = (vf){0};
+        for (int32_t i = 0; i < dim; i++)
+            for (int v = 0; v < half; v++) {
+                vf key = load(s->block + (size_t)i * KEY_BLOCK + (first + v) * LANES);
+                for (int r = 0; r < R; r++)
+                    sum[r][v] = fma_(broadcast(s->query[row + r][i]), key, sum[r][v]);
+            }
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < half; v++)
+                store(&s->weights[row + r][(first + v) * LANES], sum[r][v] * broadcast(scale));
+    }
 }
 
 /* sums[r][i ...] += weights[r] * values of a block, for V vectors of dimensions from i on */
@@ -197,14 +217,24 @@ INLINE void add_block(State *s, int32_t row, const void *values, const size_t *a
     for (; row < last; row++) accumulate(s, row, 1, values, at, dim, num_keys, kind);
 }
 
-/* Tiles of keys or values as floats in s->block, tile after tile, at `to`. */
-INLINE void widen(State *s, const void *from, const size_t *at, int32_t num_tiles, int32_t dim,
-                  size_t *to, const int kind) {
+/* Tiles of keys as floats, [D, 64]: what lies beyond them is left as it is. */
+INLINE void widen_keys(State *s, const void *keys, const size_t *at, int32_t num_tiles,
+                       int32_t dim, const int kind) {
+    for (int32_t t = 0; t < num_tiles; t++)
+        for (int32_t i = 0; i < dim; i++)
+            for (int32_t k = 0; k < TILE; k += LANES)
+                store(s->block + (size_t)i * KEY_BLOCK + t * TILE + k,
+                      load_kv(keys, at[t] + (size_t)i * TILE + k, kind));
+}
+
+/* Tiles of values as floats, [64, D]; `to` says where each tile begins. */
+INLINE void widen_values(State *s, const void *values, const size_t *at, int32_t num_tiles,
+                         int32_t dim, size_t *to, const int kind) {
     int32_t size = dim * TILE;
     for (int32_t t = 0; t < num_tiles; t++) {
         to[t] = (size_t)t * size;
         for (int32_t i = 0; i < size; i += LANES)
-            store(s->block + to[t] + i, load_kv(from, at[t] + i, kind));
+            store(s->block + to[t] + i, load_kv(values, at[t] + i, kind));
     }
 }
 
@@ -216,14 +246,16 @@ INLINE void attend_block(State *s, int32_t row, const Layer *layer, const size_t
     int32_t num_tiles = (num_keys + TILE - 1) / TILE;
     size_t widened[BLOCK_TILES];
     if (is_widened) {
-        widen(s, layer->keys, at, num_tiles, dim, widened, kind);
-        score_block(s, row, s->block, widened, num_tiles, dim, scale, KV_FLOAT32);
+        widen_keys(s, layer->keys, at, num_tiles, dim, kind);
+        int32_t last = row + s->rows_each, r = row;
+        for (; r + TOGETHER <= last; r += TOGETHER) score_floats(s, r, TOGETHER, dim, scale);
+        for (; r < last; r++) score_floats(s, r, 1, dim, scale);
     } else score_block(s, row, layer->keys, at, num_tiles, dim, scale, kind);
     if (kind == KV_INT8) weigh_by_scales(s, row, layer->keys, at, num_tiles, dim);
     for (int32_t r = row; r < row + s->rows_each; r++) soften(s, r, first_key, dim);
     if (kind == KV_INT8) weigh_by_scales(s, row, layer->values, at, num_tiles, dim);
     if (is_widened) {
-        widen(s, layer->values, at, num_tiles, dim, widened, kind);
+        widen_values(s, layer->values, at, num_tiles, dim, widened, kind);
         add_block(s, row, s->block, widened, num_keys, dim, KV_FLOAT32);
     } else add_block(s, row, layer->values, at, num_keys, dim, kind);
 }
@@ -256,7 +288,8 @@ static void prepare(const Attention *job, State *s, int32_t begin, int32_t end, 
     for (int32_t token = begin; token < end; token++)
         for (int32_t h = head; h < head + heads_each; h++) {
             int32_t row = s->num_rows++;
-            s->query[row] = job->qkv + token * width + (size_t)h * m->head_dim;
+            memcpy(s->query[row], job->qkv + token * width + (size_t)h * m->head_dim,
+                   (size_t)m->head_dim * sizeof(float));
             size_t place = (size_t)(token - job->slice.first) * m->num_heads + h;
             s->out[row] = job->out + place * m->head_dim;
             s->position[row] = (int32_t)job->step->positions[token];
