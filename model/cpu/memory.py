@@ -1,8 +1,8 @@
 """Memory for K/V whose pages are had before they are needed.
 
-The first write to a page costs a fault, in which the kernel zeroes it; on a virtual machine the host
-may have to find it as well, which was seen to take half as long as computing the tokens that it
-is for. All of the plan is not touched at once either, as most servers never use it.
+The first write to a page costs a fault, in which the kernel zeroes it; on a virtual machine the
+host may have to find it as well, which was seen to take half as long as computing the tokens
+that it is for. All of the plan is not touched at once either: most servers never use it.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class GrowingMemory:
     def __init__(self, num_bytes: int, ahead_bytes: int) -> None:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._map = mmap.mmap(-1, max(num_bytes, 1), flags=private)
-        with contextlib.suppress(OSError):  # a kernel without them; else a fault for 2 MiB, not 4 KiB
+        with contextlib.suppress(OSError):  # a kernel without huge pages, of which few are faults
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
         self._ahead_bytes = ahead_bytes
