@@ -6,8 +6,6 @@
  * AVX2 has the same only with saturation to 16 bits, which these sums never reach: |w| * (a with the
  * sign of w) is at most 2 * 128 * 127 = 32512 a pair, as no activation's code is -128; a nibble times
  * a code is at most 2 * 15 * 127 = 3810, so that eight such pairs can be summed in 16 bits.
- *
- * `next`, if it is not null, is what will be wanted later: a line of it is fetched at each step.
  */
 #ifndef ARRIERO_DOT_H
 #define ARRIERO_DOT_H
@@ -23,6 +21,16 @@
 #define TILE_PANELS 1
 #endif
 #define TILE_VECTORS (TILE_PANELS * VECTORS)
+
+/* Weights that will be wanted soon, of one panel or two: a line of each is fetched at each step. */
+typedef struct {
+    const uint8_t *first, *second; /* or none */
+} Ahead;
+
+INLINE void fetch(Ahead ahead, int32_t at) {
+    if (ahead.first) __builtin_prefetch(ahead.first + at);
+    if (ahead.second) __builtin_prefetch(ahead.second + at);
+}
 
 INLINE int32_t four_codes(const int8_t *codes) { int32_t v; memcpy(&v, codes, 4); return v; }
 
@@ -41,12 +49,12 @@ INLINE __m512i add_dots(__m512i sums, __m512i bytes, __m512i codes) {
 
 INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
                      const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
-                     int32_t steps, const uint8_t *next, vi sum[][TILE_VECTORS]) {
+                     int32_t steps, Ahead ahead, vi sum[][TILE_VECTORS]) {
     __m512i s[MAX_TILE_ROWS][TILE_PANELS], w[TILE_PANELS];
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) s[r][p] = _mm512_set1_epi32(-128 * sums[r * sums_stride]);
     for (int32_t k = 0; k < steps; k++) {
-        if (next) __builtin_prefetch(next + k * 64);
+        fetch(ahead, k * 64);
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(weights + p * panel_bytes + k * 64);
 #pragma GCC unroll 8
@@ -61,14 +69,14 @@ INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t pa
 }
 
 INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, const uint8_t *next,
+                     const int8_t *codes, size_t stride, Ahead ahead,
                      vi sum[][TILE_VECTORS]) {
     const __m512i low = _mm512_set1_epi8(15);
     __m512i s[MAX_TILE_ROWS][TILE_PANELS], w0[TILE_PANELS], w1[TILE_PANELS];
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) s[r][p] = _mm512_setzero_si512();
     for (int32_t k = 0; k < 4; k++) {
-        if (next) __builtin_prefetch(next + k * 64);
+        fetch(ahead, k * 64);
         for (int p = 0; p < P; p++) {
             __m512i both = _mm512_loadu_si512(weights + p * panel_bytes + k * 64);
             w0[p] = _mm512_and_si512(both, low);
@@ -94,8 +102,8 @@ INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t pa
 
 INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
                      const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
-                     int32_t steps, const uint8_t *next, vi sum[][TILE_VECTORS]) {
-    (void)P, (void)next, (void)panel_bytes, (void)sums, (void)sums_stride;
+                     int32_t steps, Ahead ahead, vi sum[][TILE_VECTORS]) {
+    (void)P, (void)ahead, (void)panel_bytes, (void)sums, (void)sums_stride;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i s[MAX_TILE_ROWS][2];
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
@@ -116,9 +124,9 @@ INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t pa
 }
 
 INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, const uint8_t *next,
+                     const int8_t *codes, size_t stride, Ahead ahead,
                      vi sum[][TILE_VECTORS]) {
-    (void)P, (void)next, (void)panel_bytes;
+    (void)P, (void)ahead, (void)panel_bytes;
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     __m256i s[MAX_TILE_ROWS][2];
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
@@ -143,8 +151,8 @@ INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t pa
 
 INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
                      const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
-                     int32_t steps, const uint8_t *next, vi sum[][TILE_VECTORS]) {
-    (void)P, (void)next, (void)panel_bytes, (void)sums, (void)sums_stride;
+                     int32_t steps, Ahead ahead, vi sum[][TILE_VECTORS]) {
+    (void)P, (void)ahead, (void)panel_bytes, (void)sums, (void)sums_stride;
     int32_t s[MAX_TILE_ROWS][PANEL];
     memset(s, 0, sizeof s);
     for (int32_t k = 0; k < steps; k++)
@@ -156,9 +164,9 @@ INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t pa
 }
 
 INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, const uint8_t *next,
+                     const int8_t *codes, size_t stride, Ahead ahead,
                      vi sum[][TILE_VECTORS]) {
-    (void)P, (void)next, (void)panel_bytes;
+    (void)P, (void)ahead, (void)panel_bytes;
     int32_t s[MAX_TILE_ROWS][PANEL];
     memset(s, 0, sizeof s);
     for (int32_t k = 0; k < 4; k++)

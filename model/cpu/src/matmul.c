@@ -41,12 +41,13 @@ INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, 
 
 INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
                          int32_t panel, const int P, float *out, int32_t stride,
-                         int32_t fetched, const int is_int4) {
+                         int32_t fetched, int32_t num_fetched, const int is_int4) {
     int32_t groups = m->padded_cols / m->group;
     size_t group_bytes = (size_t)m->group * PANEL / (is_int4 ? 2 : 1);
     size_t panel_bytes = groups * group_bytes, panel_scales = (size_t)groups * PANEL;
     const uint8_t *weights = (const uint8_t *)m->weights + panel * panel_bytes;
-    const uint8_t *next = fetched ? (const uint8_t *)m->weights + fetched * panel_bytes : NULL;
+    const uint8_t *next = (const uint8_t *)m->weights + fetched * panel_bytes;
+    Ahead ahead = {num_fetched > 0 ? next : NULL, num_fetched > 1 ? next + panel_bytes : NULL};
     const uint16_t *scales = m->scales + panel * panel_scales;
     const uint16_t *minima = m->minima + (is_int4 ? panel * panel_scales : 0);
     const int8_t *codes = rows->codes + (size_t)first * m->padded_cols;
@@ -59,10 +60,11 @@ INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const
         vi dot[TILE_ROWS][TILE_VECTORS];
         const uint8_t *w = weights + g * group_bytes;
         const int8_t *a = codes + (size_t)g * m->group;
-        if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, next, dot);
+        if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, ahead, dot);
         else dot_int8(R, P, w, panel_bytes, a, m->padded_cols, row_sums + g, groups, m->group / 4,
-                      next, dot);
-        if (next) next += group_bytes;
+                      ahead, dot);
+        if (ahead.first) ahead.first += group_bytes;
+        if (ahead.second) ahead.second += group_bytes;
         for (int v = 0; v < P * VECTORS; v++) {
             size_t at = v / VECTORS * panel_scales + (size_t)g * PANEL + v % VECTORS * LANES;
             vf scale = load_half(scales + at);
@@ -107,31 +109,33 @@ INLINE void float_tile(const Matrix *m, const Rows *rows, int32_t first, const i
 }
 
 INLINE void tile(const Matrix *m, const Rows *rows, int32_t first, const int R, int32_t panel,
-                 const int P, float *out, int32_t stride, int32_t fetched) {
+                 const int P, float *out, int32_t stride, int32_t fetched, int32_t num_fetched) {
     if (m->kind == WEIGHTS_INT8)
-        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, 0);
+        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, num_fetched, 0);
     else if (m->kind == WEIGHTS_INT4)
-        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, 1);
+        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, num_fetched, 1);
     else float_tile(m, rows, first, R, panel, P, out, stride);
 }
 
 /* Take the rows some at a time, as evenly as it goes: a tile of two rows is no faster than of four.
- * The first waits for its weights; it and the next have those of the next panels on their way. */
+ * The next panels' weights are on their way meanwhile: all of them, or one while each of the first
+ * P tiles is computed. */
 INLINE void multiply_panels(const Matrix *m, const Rows *rows, int32_t num_rows, int32_t panel,
                             const int P, float *out, int32_t stride, int32_t end) {
     int32_t first = 0, num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int32_t left = num_tiles; left; left--) {
-        int32_t count = (num_rows - first + left - 1) / left, fetched = panel + P + num_tiles - left;
-        if (num_tiles == 1 || num_tiles - left >= P || fetched >= end) fetched = 0;
+    for (int32_t index = 0; index < num_tiles; index++) {
+        int32_t left = num_tiles - index, count = (num_rows - first + left - 1) / left;
+        int32_t next = panel + P + index, ahead = num_tiles == 1 ? P : index < P;
+        if (ahead > end - next) ahead = end > next ? end - next : 0;
         float *to = out + (size_t)first * stride;
         switch (count) {
-            case 1: tile(m, rows, first, 1, panel, P, to, stride, fetched); break;
-            case 2: tile(m, rows, first, 2, panel, P, to, stride, fetched); break;
-            case 3: tile(m, rows, first, 3, panel, P, to, stride, fetched); break;
-            case 4: tile(m, rows, first, 4, panel, P, to, stride, fetched); break;
+            case 1: tile(m, rows, first, 1, panel, P, to, stride, next, ahead); break;
+            case 2: tile(m, rows, first, 2, panel, P, to, stride, next, ahead); break;
+            case 3: tile(m, rows, first, 3, panel, P, to, stride, next, ahead); break;
+            case 4: tile(m, rows, first, 4, panel, P, to, stride, next, ahead); break;
 #if TILE_ROWS == 6
-            case 5: tile(m, rows, first, 5, panel, P, to, stride, fetched); break;
-            case 6: tile(m, rows, first, 6, panel, P, to, stride, fetched); break;
+            case 5: tile(m, rows, first, 5, panel, P, to, stride, next, ahead); break;
+            case 6: tile(m, rows, first, 6, panel, P, to, stride, next, ahead); break;
 #endif
         }
         first += count;
