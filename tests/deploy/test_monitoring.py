@@ -1,23 +1,17 @@
 """Dashboard and alerts ask only for metrics that a server has."""
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
 from app.serving.energy import GpuMeter
 from app.serving.metrics import RequestMetrics
 from tests.api.test_metrics import Nvml
+from tests.deploy.board import DEPLOY, dashboard_queries
 from tests.fake_engine import FakeEngine, says
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 NAME = re.compile(r"\b(?:vllm|arriero|process)[:_][a-z0-9_]+")
-
-
-def dashboard_queries() -> list[str]:
-    dashboard = json.loads((DEPLOY / "grafana/dashboards/arriero.json").read_text())
-    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+QUERIES = [query for _, query in dashboard_queries()]
 
 
 def test_every_metric_that_is_asked_for_exists():
@@ -26,11 +20,11 @@ def test_every_metric_that_is_asked_for_exists():
     page = metrics.render().decode()
     known = {re.split("[{ ]", line)[0] for line in page.splitlines() if not line.startswith("#")}
     alerts = (DEPLOY / "prometheus/alerts.yml").read_text()
-    asked = {name for text in (*dashboard_queries(), alerts) for name in NAME.findall(text)}
+    asked = {name for text in (*QUERIES, alerts) for name in NAME.findall(text)}
     assert len(asked) > 25
     assert asked - known == set()
 
 
-@pytest.mark.parametrize("query", dashboard_queries())
+@pytest.mark.parametrize("query", QUERIES)
 def test_every_panel_follows_the_choice_of_server(query):
     assert 'instance=~"$instance"' in query

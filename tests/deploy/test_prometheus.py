@@ -21,7 +21,7 @@ from app.main import make_context
 from app.settings import ApiKey, ServerSettings, read_environment
 from model.loader import load_model
 from tests.api.serve import real_server
-from tests.deploy.test_monitoring import DEPLOY, dashboard_queries
+from tests.deploy.board import DEPLOY, ask, dashboard_queries, fill_in
 from tests.toy import write_toy_checkpoint
 
 ALERT_TESTS = Path(__file__).with_name("alerts.test.yml")
@@ -81,19 +81,6 @@ def prometheus(server: str, key: str, folder: Path) -> Iterator[httpx.Client]:
         process.wait()
 
 
-def ask(client: httpx.Client, query: str) -> list[float]:
-    """Return the values of a query; none while Prometheus starts."""
-    try:
-        response = client.get("/api/v1/query", params={"query": query})
-    except httpx.TransportError:
-        return []
-    if response.status_code == 503:
-        return []
-    assert response.status_code == 200, response.text
-    values = [float(each["value"][1]) for each in response.json()["data"]["result"]]
-    return [value for value in values if value == value]  # a NaN is no figure
-
-
 def test_every_panel_has_figures_under_load_with_a_key_for_metrics_alone(tmp_path):
     program("prometheus")
     keys = (ApiKey(name="a", key="a"), ApiKey(name="p", key="p", scope="metrics"))
@@ -102,11 +89,10 @@ def test_every_panel_has_figures_under_load_with_a_key_for_metrics_alone(tmp_pat
     context = make_context(command, load_model(command.load))
     app = create_app(context, ServerSettings(named_keys=keys))
     queries = [
-        query.replace("$instance", ".*").replace("$model_name", ".*")
-        .replace("$__rate_interval", "30s")
-        for query in dashboard_queries()
+        fill_in(query, "30s")
+        for _, query in dashboard_queries()
         if not any(name in query for name in NEEDS_MORE)
-    ]  # fmt: skip
+    ]
     assert len(queries) > 35
     body = {"prompt": "x" * 40, "max_tokens": 8}
     with real_server(app) as server, prometheus(server, "p", tmp_path) as client:
