@@ -2,13 +2,10 @@
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-yaml = pytest.importorskip("yaml")
-ROOT = Path(__file__).resolve().parents[2]
-SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]
+from tests.deploy.compose import load_services
 
 
 @pytest.mark.parametrize(
@@ -21,7 +18,7 @@ SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["ser
     ],
 )
 def test_prometheus_is_given_one_key_and_keeps_none_in_its_environment(tmp_path, given, key):
-    service = SERVICES["prometheus"]
+    service = load_services()["prometheus"]
     shell, flag, line, *rest = service["entrypoint"]
     line = line.replace("$$", "$").replace("/tmp/key", str(tmp_path / "key"))
     fake = tmp_path / "prometheus"
