@@ -239,6 +239,20 @@ def bind(settings: ServerSettings) -> socket.socket:
     return listener
 
 
+def url_of(host: str, port: int, settings: ServerSettings) -> str:
+    """Return the URL of a server at an address of either family."""
+    scheme = "https" if settings.ssl_certfile else "http"
+    address = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{address}:{port}{settings.root_path}"
+
+
+def local_url(listener: socket.socket, settings: ServerSettings) -> str:
+    """Return the URL of a listener for a client on this machine."""
+    host, port = listener.getsockname()[:2]
+    # What listens on all addresses is asked at the loopback's: not every client knows 0.0.0.0.
+    return url_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, settings)
+
+
 def progress_bar() -> Progress | None:
     """Return what draws a bar while weights load, if anybody is there to see it."""
     if not sys.stderr.isatty():
@@ -260,9 +274,8 @@ def progress_bar() -> Progress | None:
 def _log_ready(
     listener: socket.socket, settings: ServerSettings, context: ServingContext, seconds: float
 ) -> None:
-    scheme = "https" if settings.ssl_certfile else "http"
     host, port = listener.getsockname()[:2]
-    url = f"{scheme}://{host}:{port}{settings.root_path}"
+    url = url_of(host, port, settings)
     key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
     kind, prompt = ("completions", '"prompt": "Once upon a time"')
     if context.chat_template is not None:
@@ -270,7 +283,7 @@ def _log_ready(
     logger.info("serving %s on %s, %.1f s after start", context.model_names[0], url, seconds)
     logger.info(
         "try: curl %s/v1/%s -H 'Content-Type: application/json'%s -d '{%s, \"temperature\": 0}'",
-        url,
+        local_url(listener, settings),
         kind,
         key,
         prompt,
