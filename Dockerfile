@@ -23,22 +23,27 @@ RUN cd /opt/arriero/lib/python3*/site-packages/torch \
     && find bin -mindepth 1 ! -name torch_shm_manager -delete \
     && rm -r include test
 COPY pyproject.toml README.md LICENSE ./
+# All that it needs goes in with an empty arriero, so that a change of the code installs that alone.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    mkdir app model && pip install --no-compile -c constraints.txt ".[otlp]"
 COPY app app
 COPY model model
 # One native library a level of instructions; which one runs is decided where it starts.
 # Bytecode only of what a server imports: of all that is installed, it would be 180 MB.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-compile -c constraints.txt ".[otlp]" \
+    pip install --no-compile --no-deps . \
     && cd / && python -m model.cpu.build && python -c 'import app.main'
 
 FROM build AS build-cuda
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-compile -c constraints.txt "$(grep '^torch==' constraints.txt)"
 COPY pyproject.toml README.md LICENSE ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    mkdir app model && pip install --no-compile -c constraints.txt ".[gpu,otlp]"
 COPY app app
 COPY model model
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-compile -c constraints.txt ".[gpu,otlp]" \
+    pip install --no-compile --no-deps . \
     && cd / && python -m model.cpu.build && python -c 'import app.main'
 
 FROM ${BASE} AS runtime
