@@ -12,6 +12,7 @@ the last result. Knows no threads, tensors or text.
 
 import logging
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -156,17 +157,25 @@ class Scheduler:
         )
         self._removed_rows.clear()
         self.counters.num_steps += 1
-        self.counters.num_scheduled_tokens += plan.num_tokens
-        self.counters.measures.step_tokens.observe(plan.num_tokens)
+        num_tokens = plan.num_tokens
+        self.counters.num_scheduled_tokens += num_tokens
+        self.counters.measures.step_tokens.observe(num_tokens)
         self.counters.measures.step_seqs.observe(len(plan.rows))
-        for row, sequence in zip(step.rows, step.sequences, strict=True):
-            self.shares.serve(sequence.request.tenant, row.num_tokens)
+        self._count_served(step, num_tokens)
         return ScheduledStep(
             plan=plan,
             sequences=step.sequences,
             epochs=[sequence.epoch for sequence in step.sequences],
             constrained=constrained,
         )
+
+    def _count_served(self, step: OpenStep, num_tokens: int) -> None:
+        """Charge a step to those whose tokens it computes."""
+        if num_tokens == len(step.rows) == len(self.running):
+            self.shares.serve_each_row()
+            return
+        for row, sequence in zip(step.rows, step.sequences, strict=True):
+            self.shares.serve(sequence.request.tenant, row.num_tokens)
 
     def _schedule_trial(self, step: OpenStep, trial: list[Sequence]) -> None:
         """Advance some of those that were in a step that failed, and nobody else.
@@ -194,8 +203,9 @@ class Scheduler:
         num_preemptions = self.counters.num_preemptions
         sequences = list(sequences)
         reserved = 0
-        if self.shares.is_contended:
-            sequences.sort(key=lambda s: self.shares.counter(s.request.tenant))  # else in order
+        if self.shares.is_contended and self._is_scarce(step):
+            counters = self.shares.counters
+            sequences.sort(key=lambda s: counters[s.request.tenant])  # else in order
             reserved = self._reserve(step.budget)
         for sequence in sequences:
             num_behind = sequence.num_behind
@@ -212,6 +222,12 @@ class Scheduler:
                 self._plan(step, sequence, num_tokens)
         return self.counters.num_preemptions > num_preemptions
 
+    def _is_scarce(self, step: OpenStep) -> bool:
+        """Whether it matters who comes first: not where all need one token and find a block."""
+        num_running = len(self.running)
+        num_decoding = self.limits.max_num_batched_tokens - step.budget
+        return num_decoding < num_running or self.allocator.num_free < num_running
+
     def _make_way(self) -> None:
         """Preempt who has more than its share of rows for a tenant that has less and waits."""
         num_rows = self.limits.max_num_seqs
@@ -219,11 +235,10 @@ class Scheduler:
             return
         head = self.waiting.peek()
         tenant = head.request.tenant
-        num_held = sum(sequence.request.tenant == tenant for sequence in self.running)
-        if num_held >= self.shares.rows_due(tenant, num_rows):
+        if self.shares.rows.get(tenant, 0) >= self.shares.rows_due(tenant, num_rows):
             return
         while not (self._free_rows and self._fits(head)):
-            over = self.shares.most_over((s.request.tenant for s in self.running), num_rows)
+            over = self.shares.most_over(num_rows)
             if over is None or over == tenant:
                 return
             self._preempt(next(s for s in reversed(self.running) if s.request.tenant == over))
@@ -391,6 +406,7 @@ class Scheduler:
 
     def _enter_row(self, step: OpenStep, sequence: Sequence, hits: list[Block]) -> None:
         sequence.row = self._free_rows.pop()
+        self.shares.take_row(sequence.request.tenant)
         insort(self.running, sequence, key=lambda running: running.order)
         step.added.append(
             NewRow(
@@ -414,6 +430,7 @@ class Scheduler:
         del self.running[place]
         self._free_rows.append(sequence.row)
         self._removed_rows.append(sequence.row)
+        self.shares.give_row_back(sequence.request.tenant)
         self.allocator.release(sequence.blocks)
         sequence.leave_row()
 
@@ -682,6 +699,7 @@ class Scheduler:
         assert sorted([*self._free_rows, *(row for row in rows if row is not None)]) == list(
             range(self.limits.max_num_seqs)
         )
+        assert self.shares.rows == Counter(sequence.request.tenant for sequence in self.running)
         orders = [sequence.order for sequence in self.running]
         assert orders == sorted(set(orders))
         for sequence in self.running:
