@@ -129,8 +129,10 @@ class NumberedEventStream(EventStream):
     def _framed(self, chunks: Sequence[bytes]) -> bytes:
         first, self._number = self._number, self._number + len(chunks)
         return b"".join(
-            b"%b%d\ndata: %b\n\n" % (self._prefix, number, chunk)
-            for number, chunk in enumerate(chunks, start=first)
+            [
+                b"%b%d\ndata: %b\n\n" % (self._prefix, number, chunk)
+                for number, chunk in enumerate(chunks, start=first)
+            ]
         )
 
 

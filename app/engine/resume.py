@@ -68,7 +68,8 @@ class ResumableStream:
         if output.finish_reason == "abort" and self._is_leaving and not self._is_aborted:
             return None
         log.is_over |= output.finish_reason is not None
-        return replace(output, index=place, num_cached_tokens=log.num_cached_tokens)
+        output.index, output.num_cached_tokens = place, log.num_cached_tokens
+        return output
 
     def _end_all(self) -> list[SequenceOutput]:
         return [

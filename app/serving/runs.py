@@ -54,7 +54,7 @@ class Run:
         self._num_followers = 0
         self._is_parked = False
         self._timer: asyncio.TimerHandle | None = None
-        self._has_changed = asyncio.Event()
+        self._waiters: set[asyncio.Future[None]] = set()  # followers who have read all there is
         self._task = asyncio.create_task(self._drive(request))
 
     @property
@@ -118,14 +118,14 @@ class Run:
             elif self.is_done:
                 break
             else:
-                await self._has_changed.wait()
+                await self._change()
         if self.error is not None:
             raise self.error
 
     async def body(self) -> JsonObject:
         """Return the whole answer. Raises its error."""
         while not self.is_done:
-            await self._has_changed.wait()
+            await self._change()
         if self.error is not None:
             raise self.error
         return self._body
@@ -167,9 +167,19 @@ class Run:
             self._on_end(self)
             self._tell()
 
+    async def _change(self) -> None:
+        """Wait until something has been said, or all is over."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
     def _tell(self) -> None:
-        self._has_changed.set()
-        self._has_changed = asyncio.Event()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
 
 class FollowedAnswer:
@@ -220,6 +230,9 @@ class RunStore:
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def __contains__(self, key: RunKey) -> bool:
+        return key in self._runs
 
     async def follow(
         self, key: RunKey, request: RunRequest, last_event_id: str | None
