@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from app.engine.client import EngineRequest, EngineStats, SequenceOutput
 from app.engine.measures import EngineMeasures
-from app.errors import Draining
+from app.errors import Draining, Overloaded
 from app.serving.context import ServingContext
 from app.serving.metrics import RequestMetrics
 from app.text.chat_template import ChatTemplate
@@ -159,6 +159,7 @@ class FakeEngine:
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: str | None = None
+        self.is_full = False
         self.requests: list[EngineRequest] = []
         self.streams: list[FakeStream] = []
         self.is_alive = True
@@ -180,9 +181,14 @@ class FakeEngine:
     async def shutdown(self) -> None:
         self.is_alive = False
 
-    def submit(self, request: EngineRequest) -> FakeStream:
+    def check_room(self) -> None:
         if self.is_draining:
             raise Draining("the server is shutting down")
+        if self.is_full:
+            raise Overloaded("Too many requests are waiting.")
+
+    def submit(self, request: EngineRequest) -> FakeStream:
+        self.check_room()
         self.requests.append(request)
         self.streams.append(FakeStream(self, request))
         return self.streams[-1]

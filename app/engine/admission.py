@@ -48,6 +48,14 @@ class Admission:
 
         Nothing that waits alone is refused for its length: it fits the context.
         """
+        self._refuse_excess(num_waiting, num_seqs, num_tokens)
+        self._num_refused = 0
+
+    def check_room(self, num_waiting: int) -> None:
+        """Raise Overloaded if `check` would, whatever was asked for."""
+        self._refuse_excess(num_waiting, 1, 1)
+
+    def _refuse_excess(self, num_waiting: int, num_seqs: int, num_tokens: int) -> None:
         has_too_many = num_waiting + num_seqs > self._max_seqs
         is_too_long = self._num_tokens and self._num_tokens + num_tokens > self._max_tokens
         if has_too_many or is_too_long:
@@ -57,7 +65,6 @@ class Admission:
             error = Overloaded("Too many requests are waiting. Please try again later.")
             error.retry_after_s = self._retry_after_s()
             raise error
-        self._num_refused = 0
 
     def _retry_after_s(self) -> float:
         if not self._num_ends:

@@ -114,6 +114,10 @@ class EngineClient(Protocol):
         """Queue a request. Raises ContextLengthExceeded, Overloaded, Draining or EngineDead."""
         ...
 
+    def check_room(self) -> None:
+        """Raise Overloaded, Draining or EngineDead if no request would be taken now."""
+        ...
+
     async def count_cached(self, token_ids: Sequence[int], cache_salt: str) -> int:
         """Return how many tokens of a prompt the prefix cache holds just now."""
         ...

@@ -170,6 +170,11 @@ class Engine:
         self._inbox.put(Submit(request))
         return stream
 
+    def check_room(self) -> None:
+        """Raise Overloaded, Draining or EngineDead if no request would be taken now."""
+        self._check_alive()
+        self._admission.check_room(self._num_waiting)
+
     async def count_cached(self, token_ids: Sequence[int], cache_salt: str) -> int:
         """Ask the worker, between two of its steps. Raises EngineDead or Draining."""
         self._check_alive()

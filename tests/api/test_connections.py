@@ -103,6 +103,20 @@ def test_body_that_goes_on_after_the_answer_ends_with_the_connection(monkeypatch
         assert wire.is_well()
 
 
+def test_connection_goes_on_behind_a_body_that_was_refused_unread():
+    with wire_server() as wire, wire.connect() as client:
+        wire.engine.is_full = True
+        for _ in range(3):
+            request = post(BODY)
+            client.sendall(request[: -len(BODY)])
+            assert read_answer(client)[0] == 503
+            client.sendall(request[-len(BODY) :])
+        wire.engine.is_full = False
+        client.sendall(post(BODY))
+        assert read_answer(client)[0] == 200
+        assert wire.is_well()
+
+
 @contextlib.contextmanager
 def held(wire, number):
     """Connections whose requests are in work until this ends."""

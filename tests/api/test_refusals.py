@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from app.cli import parse
-from app.settings import read_environment
+from app.settings import ApiKey, read_environment
 from tests.api.serve import client_of, run
 from tests.fake_engine import EOS, VOCAB, FakeEngine, says
 
@@ -112,5 +112,32 @@ def test_other_requests_get_a_turn_between_the_prompts_of_a_long_list():
             assert health.status_code == 200
             assert engine.requests == []
             assert (await pending).status_code == 200
+
+    run(scenario())
+
+
+FULL_BODIES = [b'{"prompt": "a"}', b"{", b'{"prompt": 1.5}']
+
+
+@pytest.mark.parametrize("content", FULL_BODIES)
+def test_full_queue_refuses_whatever_the_body_says(content):
+    async def scenario():
+        engine = FakeEngine(says("x"))
+        key = ApiKey(name="alice", key="a", requests_per_minute=60)
+        async with client_of(engine, named_keys=(key,)) as client:
+
+            async def ask(path: str = "/v1/completions"):
+                headers = {"authorization": "Bearer a", "content-type": "application/json"}
+                return await client.post(path, content=content, headers=headers)
+
+            normal = await ask()
+            engine.is_full = True
+            refused = await ask()
+            asked_only = await ask("/v1/completions?dry_run=1")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert refused.headers["retry-after"] == "1"
+        assert refused.headers["x-ratelimit-limit-requests"] == "60"
+        assert asked_only.status_code == normal.status_code == (200 if b"a" in content else 400)
 
     run(scenario())

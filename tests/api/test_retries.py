@@ -65,7 +65,10 @@ def test_repeated_request_joins_the_one_that_runs_and_then_gets_the_stored_answe
             engine.gate.set()
             answers = [await post for post in posts]
             spelt = {"max_tokens": 10, "prompt": "abc", "n": None}  # the same, spelt otherwise
+            engine.is_full = True  # what is there already needs no place
             answers.append(await client.post(COMPLETIONS, json=spelt, headers=KEYED))
+            other = {"idempotency-key": "k 2"}
+            assert (await client.post(COMPLETIONS, json=BODY, headers=other)).status_code == 503
         assert len(engine.requests) == 1
         assert [answer.status_code for answer in answers] == [200] * 4
         assert {answer.content for answer in answers} == {answers[0].content}

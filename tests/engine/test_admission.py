@@ -62,6 +62,17 @@ def test_free_place_starts_the_line_anew():
     assert refusal(admission).retry_after_s == pytest.approx(2.0)
 
 
+def test_room_is_asked_after_without_a_place_taken_or_given():
+    admission = full(Clock())
+    admission.check_room(num_waiting=7)
+    for _ in range(2):
+        with pytest.raises(Overloaded):
+            admission.check_room(num_waiting=8)
+        admission.check_room(num_waiting=7)  # for one: the next may want more
+    assert refusal(admission, num_waiting=7, num_seqs=2).retry_after_s == pytest.approx(6.0)
+    assert admission.num_refused_seqs == 3
+
+
 def test_wait_is_never_less_than_a_second_nor_more_than_a_minute():
     assert refusal(Admission(8, 1000, Clock())).retry_after_s == 1.0  # nothing has ended yet
     admission = full(Clock())

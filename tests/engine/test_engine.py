@@ -185,7 +185,10 @@ def test_full_queue_refuses_and_takes_again_once_it_is_shorter():
         async with Running(gate, max_num_seqs=1) as engine:
             streams = [engine.submit(make_request(str(name))) for name in range(8)]
             await asyncio.to_thread(gate.is_reached.wait)
+            engine.check_room()
             streams.append(engine.submit(make_request("one runs, eight wait")))
+            with pytest.raises(Overloaded):
+                engine.check_room()
             with pytest.raises(Overloaded):
                 engine.submit(make_request("one too many"))
             gate.is_open.set()

@@ -67,9 +67,13 @@ def generate_routes(
         is_dry_run = _is_dry_run(request)
         span = None if is_dry_run else _start_span(request, context.tracer)
         quota = _enter(request, tenants)
+        key = _idempotency_key(request)
+        # A flood is refused before its bodies are looked at; what is under way needs no place.
+        if not is_dry_run and (key is None or (_tenant(request), key) not in runs):
+            with refusals_noted(span):
+                context.engine.check_room()
         body = await read_body(request, model, max_bytes)
         headers = ignored_header(body)
-        key = _idempotency_key(request)
         caller = _caller(request, tenants, body, span, is_resumable=key is not None)
         if is_dry_run:
             prepared = await prepare(context, body)
@@ -138,9 +142,15 @@ def _digest(request: Request, body: SamplingFields) -> bytes:
     return hashlib.sha256(f"{path}\0{said}".encode()).digest()
 
 
+def _tenant(request: Request) -> str:
+    """Return the name of the key that was sent; "" where none is asked for."""
+    name: str | None = request.state.key_name
+    return name or ""
+
+
 def _enter(request: Request, tenants: Tenants) -> Quota:
     """Count a request against its key's quota until its answer has ended. Raises RateLimited."""
-    quota = tenants.quota(request.state.key_name or "")
+    quota = tenants.quota(_tenant(request))
     request.state.more_headers.append(quota.headers)
     quota.enter()
     request.state.at_end.append(quota.leave)
@@ -174,7 +184,7 @@ def _caller(
     is_resumable: bool,
 ) -> Caller:
     """Return whose share of the engine a request takes, and how long. Raises InvalidRequest."""
-    name: str = request.state.key_name or ""
+    name = _tenant(request)
     given = request.headers.get("x-request-timeout")
     timeout_s = None
     if given is not None:
