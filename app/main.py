@@ -38,6 +38,8 @@ from model.loader import LoadedModel, ModelInfo, Progress, inspect_model, load_m
 
 logger = logging.getLogger("arriero")
 
+BACKLOG = 2048  # connections that the kernel holds until they are accepted
+ACCEPTED_AT_ONCE = 32
 CLOSE_TIMEOUT_S = 5  # for clients to read their last event
 OTHER_FILES = 512  # open besides connections: probes above the cap, libraries, logs
 
@@ -155,6 +157,17 @@ class DrainingServer(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self.has_failed = False
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, a few connections at a time.
+
+        asyncio accepts as many in a row as may queue: in a flood the first would be answered when
+        the last has come in.
+        """
+        self.config.backlog = ACCEPTED_AT_ONCE
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)
+
     async def on_tick(self, counter: int) -> bool:
         """Look after the engine ten times a second; return whether to leave."""
         if self._watchdog.look() is Verdict.LEAVE:
@@ -228,7 +241,7 @@ def bind(settings: ServerSettings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
         hint = ""

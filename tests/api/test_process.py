@@ -1,8 +1,10 @@
 """What holds of the server as a process: its signals, its socket, its log."""
 
+import asyncio
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.api.connections import EdgeConfig
+from app.main import DrainingServer, bind
+from app.settings import ServerSettings
 from tests.api.wire import PATIENCE_S, Wire, post, read_all
+from tests.fake_engine import FakeEngine, says
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = b"authorization: Bearer secret"
@@ -112,3 +118,38 @@ def test_nothing_that_a_client_sends_makes_a_line_of_its_own_in_the_log():
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ", line) for line in lines)
     assert "secret" not in log
     assert not [line for line in lines if re.match(r"\S+ \S+ ERROR ", line)]
+
+
+def test_flood_is_answered_from_its_beginning_on_not_once_all_of_it_is_accepted():
+    async def scenario():
+        num_accepted: list[int] = []
+        is_served = asyncio.Event()
+
+        async def app(scope, receive, send):
+            assert scope["type"] == "http"
+            num_accepted.append(len(server.server_state.connections))
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if len(num_accepted) == len(clients):
+                is_served.set()
+
+        settings = ServerSettings(port=0)
+        server = DrainingServer(EdgeConfig(app, settings), FakeEngine(says("x")), 1.0)
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        listener = bind(settings)
+        await server.startup([listener])
+        with contextlib.ExitStack() as stack:
+            # The loop stands still meanwhile, so all of them wait to be accepted.
+            address = listener.getsockname()
+            clients = [
+                stack.enter_context(socket.create_connection(address, PATIENCE_S))
+                for _ in range(300)
+            ]
+            for client in clients:
+                client.sendall(HEALTH)
+            await asyncio.wait_for(is_served.wait(), PATIENCE_S)
+            await server.shutdown([listener])
+        assert num_accepted[0] < 150
+
+    asyncio.run(scenario())
