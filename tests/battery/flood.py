@@ -6,12 +6,14 @@ The client shares the cores with the server, so its waiting for them is part of 
 """
 
 import argparse
-import asyncio
 import re
+import selectors
+import socket
 import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.battery.client import COMPLETIONS, HEALTH_BYTES, Server, Starter, post_bytes, running
@@ -20,37 +22,70 @@ from tests.battery.soak import start_arguments
 BODY = {"prompt": "a", "max_tokens": 16, "ignore_eos": True}
 
 
+@dataclass
+class Exchange:
+    """A request under way, from its last byte on."""
+
+    is_probe: bool
+    started_s: float = field(default_factory=time.monotonic)
+    answer: bytes = b""
+
+
 class Flood:
-    """Requests that are all sent at once, and probes all the while."""
+    """Requests that are all sent at once, and one probe after another all the while.
+
+    Plain sockets: what a client library does for each would be a good part of what is timed.
+    """
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._selector = selectors.DefaultSelector()
+        self._num_open = 0
         self.seconds: dict[str, list[float]] = {}  # by status
         self.probe_seconds: list[float] = []
         self.hints_s: list[int] = []  # the retry-after of refusals
 
-    async def run(self, num_requests: int) -> None:
+    def run(self, num_requests: int) -> None:
         request = post_bytes(BODY, COMPLETIONS)
-        asked = [asyncio.ensure_future(self._ask(request)) for _ in range(num_requests)]
-        while not all(each.done() for each in asked):
-            _, seconds = await self._exchange(HEALTH_BYTES)
+        clients = [self._server.connect() for _ in range(num_requests)]
+        self._probe()
+        for client in clients:
+            self._send(client, request)
+            self._read_ready(timeout_s=0)
+        while self._num_open:
+            self._read_ready(timeout_s=None)
+
+    def _probe(self) -> None:
+        self._send(self._server.connect(), HEALTH_BYTES)
+
+    def _send(self, client: socket.socket, request: bytes) -> None:
+        client.sendall(request)
+        exchange = Exchange(is_probe=request is HEALTH_BYTES)
+        self._selector.register(client, selectors.EVENT_READ, exchange)
+        self._num_open += not exchange.is_probe
+
+    def _read_ready(self, timeout_s: float | None) -> None:
+        for key, _ in self._selector.select(timeout_s):
+            self._read(key)
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        """Take what has come; an answer ends with its connection."""
+        exchange = key.data
+        part = key.fileobj.recv(65536)
+        if part:
+            exchange.answer += part
+            return
+        seconds = time.monotonic() - exchange.started_s
+        self._selector.unregister(key.fileobj)
+        key.fileobj.close()
+        if exchange.is_probe:
             self.probe_seconds.append(seconds)
-            await asyncio.sleep(0)
-        await asyncio.gather(*asked)
-
-    async def _ask(self, request: bytes) -> None:
-        answer, seconds = await self._exchange(request)
-        self.seconds.setdefault(answer[9:12].decode() or "none", []).append(seconds)
-        self.hints_s += map(int, re.findall(rb"\r\nretry-after: (\d+)\r\n", answer))
-
-    async def _exchange(self, request: bytes) -> tuple[bytes, float]:
-        """Return the answer and the time from the request's last byte to the answer's."""
-        reader, writer = await asyncio.open_connection(*self._server.address)
-        writer.write(request)
-        started_s = time.monotonic()
-        answer = await reader.read()
-        writer.close()
-        return answer, time.monotonic() - started_s
+            self._probe()
+            return
+        self._num_open -= 1
+        self.seconds.setdefault(exchange.answer[9:12].decode() or "none", []).append(seconds)
+        hints_s = re.findall(rb"\r\nretry-after: (\d+)\r\n", exchange.answer)
+        self.hints_s += map(int, hints_s)
 
 
 def spread(seconds: list[float]) -> str:
@@ -76,7 +111,7 @@ def main() -> None:
             for _ in range(50):
                 server.complete("a")
             flood = Flood(server)
-            asyncio.run(flood.run(args.requests))
+            flood.run(args.requests)
             health = server.get("/health").status
     counts = Counter({status: len(each) for status, each in flood.seconds.items()})
     lines = [
