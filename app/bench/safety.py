@@ -8,8 +8,8 @@ bounded queue, the watchdog, as they are shipped. *Off*: no key, no deadline, no
 shares, no watchdog. Another that is on has an `Idempotency-Key` with each stream: its events have
 ids, its tokens are logged and its answer is kept.
 
-Two processes that do the same differ by some percent for as long as they live: where objects lie in
-memory and how strings are hashed is drawn at their start. So each round has servers of its own.
+Two processes that do the same may differ for as long as they live: where objects lie in memory and
+how strings are hashed is drawn at their start. So each round has servers of its own.
 """
 
 import argparse
