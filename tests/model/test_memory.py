@@ -53,6 +53,19 @@ def test_weights_are_counted_to_the_byte():
     assert plan().weights_bytes == 4 * expected
 
 
+def test_small_models_take_more_tokens_in_a_native_step():
+    native = replace(PRECISION, library="native.so")
+    assert plan(native).max_num_batched_tokens == 512
+    assert plan().max_num_batched_tokens == 256
+    large = replace(CONFIG, num_layers=12_000)
+    assert large.num_parameters > 400_000_000
+    options = LoadOptions(model="m", kv_cache_memory_bytes=1 << 30)
+    larger = replace(large, num_layers=15_000)
+    for config, expected in ((large, 512), (larger, 256)):
+        found = plan_memory(options, config, native, CPU)
+        assert found.max_num_batched_tokens == expected
+
+
 def test_context_shrinks_to_the_pool_when_nobody_asked_for_a_length():
     assert plan(kv_cache_memory_bytes=512 * BYTES_PER_TOKEN).max_model_len == 512
 
