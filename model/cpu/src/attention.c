@@ -89,19 +89,19 @@ INLINE void score(State *s, int32_t row, const int R, const void *keys, const si
 /* The same with a whole block of keys that are floats already. */
 INLINE void score_floats(State *s, int32_t row, const int R, int32_t dim, float scale) {
     enum { N = KEY_BLOCK / LANES };
-    const int half = LANES == 16 ? N : 2; /* as many sums as there are registers for */
-    for (int first = 0; first < N; first += half) {
+    const int width = LANES == 16 ? N : 2; /* of sums: no more than there are registers for */
+    for (int first = 0; first < N; first += width) {
         vf sum[TOGETHER][N];
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < half; v++) sum[r][v] = (vf){0};
+            for (int v = 0; v < width; v++) sum[r][v] = (vf){0};
         for (int32_t i = 0; i < dim; i++)
-            for (int v = 0; v < half; v++) {
+            for (int v = 0; v < width; v++) {
                 vf key = load(s->block + (size_t)i * KEY_BLOCK + (first + v) * LANES);
                 for (int r = 0; r < R; r++)
                     sum[r][v] = fma_(broadcast(s->query[row + r][i]), key, sum[r][v]);
             }
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < half; v++)
+            for (int v = 0; v < width; v++)
                 store(&s->weights[row + r][(first + v) * LANES], sum[r][v] * broadcast(scale));
     }
 }
