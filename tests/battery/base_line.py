@@ -10,7 +10,7 @@ MAX_GROWTH_IN_ALL = 384 << 20  # with 128 compiled grammars
 
 
 def warm_up(server: Server) -> None:
-    """Have everything that is made once made: threads for large bodies, the grammars."""
+    """Have everything that is made once made: memory for large bodies, the grammars."""
     reference = server.canary()
     long_text = CANARY * 2000
     with ThreadPoolExecutor(16) as pool:

@@ -4,12 +4,16 @@ Reads one line of JSON, see `Options`, writes its port and serves; the exit code
 Nothing of this can be asked of the server that is shipped.
 """
 
+import asyncio
 import dataclasses
 import json
 import os
 import resource
+import socket
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import app.engine.engine as engine_module
@@ -27,6 +31,8 @@ from model.loader import load_model
 from model.step import RunnerLimits
 from tests.battery.faults import BuggyScheduler, FaultyRunner, FaultyTokenizer
 from tests.fake_runner import FakeRunner
+
+NUM_THREADS = 4  # beside the event loop's and the engine's
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class ScriptedRunner(FakeRunner):
     def launch(self, plan, fill_masks):
         time.sleep(self._pace_s)
         return super().launch(plan, fill_masks)
+
+
+class WarmServer(main_module.DrainingServer):
+    """Has the threads for large bodies from the start, so that one more is one too many."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        pool, barrier = ThreadPoolExecutor(NUM_THREADS), threading.Barrier(NUM_THREADS)
+        asyncio.get_running_loop().set_default_executor(pool)
+        await asyncio.gather(*(asyncio.to_thread(barrier.wait) for _ in range(NUM_THREADS)))
+        await super().startup(sockets)
 
 
 def redirect_errors(path: str) -> None:
@@ -100,7 +116,7 @@ def main() -> None:
     listener = main_module.bind(settings)
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
-    server = main_module.DrainingServer(
+    server = WarmServer(
         EdgeConfig(create_app(context, settings), settings),
         context.engine,
         settings.shutdown_timeout_s,
