@@ -31,7 +31,8 @@ class GrowingMemory:
     def __init__(self, num_bytes: int, ahead_bytes: int) -> None:
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._map = mmap.mmap(-1, max(num_bytes, 1), flags=private)
-        with contextlib.suppress(OSError):  # a kernel without huge pages, of which few are faults
+        # Huge pages take a fault for 2 MiB, not for 4 KiB; a kernel may have none.
+        with contextlib.suppress(OSError):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:num_bytes]
         self._ahead_bytes = ahead_bytes

@@ -5,10 +5,21 @@ counted are steps, and no clock is asked. That the same holds of the shared serv
 test_d_load.py.
 """
 
+import contextlib
+import socket
+from collections.abc import Iterator
+
 import pytest
 
-from tests.api.wire import read_all
-from tests.battery.stepper import PATIENCE_S, request, stepped, token_ids, wait_for_requests
+from tests.api.wire import Wire, read_all
+from tests.battery.stepper import (
+    PATIENCE_S,
+    Stepper,
+    request,
+    stepped,
+    token_ids,
+    wait_for_requests,
+)
 
 WITNESS = (9, 8, 7)
 LEAVER = (5,) * 40
@@ -25,20 +36,34 @@ MOMENTS = {  # the step of the leaver's that is under way when its client goes; 
 }
 
 
+@contextlib.contextmanager
+def held_witness(wire: Wire, stepper: Stepper) -> Iterator[socket.socket]:
+    """The connection of a witness, held in the middle of a step."""
+    stepper.hold()
+    with wire.connect() as witness:
+        witness.sendall(request(WITNESS, 40))
+        stepper.hold_at(WITNESS, stepper.num_steps_of(WITNESS) + 1)
+        yield witness
+
+
+@contextlib.contextmanager
+def leaving(wire: Wire, stepper: Stepper, number: int, **fields: object) -> Iterator[socket.socket]:
+    """The connection of a client that goes at the end of this, its request held in a step."""
+    with wire.connect() as leaver:
+        leaver.sendall(request(LEAVER, NUM_TOKENS, **fields))
+        wait_for_requests(stepper, 2)
+        stepper.hold_at(LEAVER, number)
+        yield leaver
+
+
 def check_leaves(monkeypatch, number: int, max_inflight: int, **fields: object) -> None:
     """Leave in the middle of a step: none but those under way may compute for who has gone."""
     max_num_seqs = 1 if number == 0 else 4  # the witness has the only row: the leaver waits
     limits = {"max_inflight": max_inflight, "max_num_seqs": max_num_seqs}
     with stepped(monkeypatch, **limits) as (wire, stepper, inbox):
         alone = token_ids(wire.exchange(request(WITNESS, 40)))
-        stepper.hold()
-        with wire.connect() as witness:
-            witness.sendall(request(WITNESS, 40))
-            stepper.hold_at(WITNESS, stepper.num_steps_of(WITNESS) + 1)
-            with wire.connect() as leaver:
-                leaver.sendall(request(LEAVER, NUM_TOKENS, **fields))
-                wait_for_requests(stepper, 2)
-                stepper.hold_at(LEAVER, number)
+        with held_witness(wire, stepper) as witness:
+            with leaving(wire, stepper, number, **fields):
                 if number == 0:  # let it be queued, and passed over
                     stepper.hold_at(WITNESS, stepper.num_steps_of(WITNESS) + 3)
                     assert LEAVER in stepper.steps[-1].held
@@ -76,14 +101,8 @@ def test_d01_client_that_leaves_after_the_end_ends_nothing_else(monkeypatch, str
     """Its request is over; what follows on the connection's death has nobody to hit."""
     with stepped(monkeypatch) as (wire, stepper, inbox):
         alone = token_ids(wire.exchange(request(WITNESS, 40)))
-        stepper.hold()
-        with wire.connect() as witness:
-            witness.sendall(request(WITNESS, 40))
-            stepper.hold_at(WITNESS, stepper.num_steps_of(WITNESS) + 1)
-            with wire.connect() as leaver:
-                leaver.sendall(request(LEAVER, NUM_TOKENS, stream=stream))
-                wait_for_requests(stepper, 2)
-                stepper.hold_at(LEAVER, 3 + NUM_TOKENS - 1)
+        with held_witness(wire, stepper) as witness:
+            with leaving(wire, stepper, MOMENTS["at the last token"], stream=stream) as leaver:
                 stepper.hold_at(WITNESS, stepper.num_steps_of(WITNESS) + 2)
                 assert b"finish_reason" in read_all(leaver)
             num_before = len(stepper.steps)

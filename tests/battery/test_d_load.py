@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import random
 import re
+import select
 import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -61,21 +62,26 @@ def num_ended(server: Server) -> Counter[str]:
 
 
 def test_d02_clients_that_leave_before_a_whole_answer_are_aborted_too(live, full):
-    """How few steps that takes is shown in test_d_leaving.py: here a client on a busy machine may
-    leave after the end."""
+    """Every choice of them, before its end; in how few steps: test_d_leaving.py.
+
+    On a busy machine a client may see too late that its request runs: then it has been answered.
+    """
     request = post_bytes({"prompt": "a", "n": 16, **LONG}, COMPLETIONS)
     before = num_ended(live)
     count = 200 if full else 15
-    for _ in range(count):
+    num_left = num_answered = 0
+    while num_left < count:
         with live.connect() as client:
             client.sendall(request)
             live.wait(lambda: live.engine()["num_requests_running"] > 0)
+            if select.select([client], [], [], 0)[0]:
+                num_answered += 1
+            else:
+                num_left += 1
             client.shutdown(socket.SHUT_WR)
         live.wait(live.is_idle)
-    ended = num_ended(live) - before
-    assert ended.keys() <= {"abort", "length"}
-    assert ended.total() == 16 * count
-    assert ended["abort"] >= 16 * count // 2
+        assert num_answered <= count
+    assert num_ended(live) - before == Counter(abort=16 * num_left, length=16 * num_answered)
 
 
 def test_d03_readers_that_stall_are_ended_by_limit_and_hold_up_nobody(live, full):

@@ -6,7 +6,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.bench.process import free_port
 from app.cli import parse
 from app.factory import create_app
 from app.main import make_context
@@ -42,12 +42,6 @@ def test_alerts_fire_when_they_should_and_only_then():
                     ["test", "rules", ALERT_TESTS]):  # fmt: skip
         done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @contextlib.contextmanager
