@@ -116,7 +116,7 @@ def _in_torch(
 def _native(
     options: LoadOptions, checkpoint: Checkpoint, quantization: Quantization, library: Path
 ) -> Precision:
-    kv_dtypes = ("float16", "int8", "float32")
+    kv_dtypes = ("int8", "float16", "float32")
     if quantization == "none":
         kv_dtypes = ("float32", "float16", "int8")
     return Precision(

@@ -36,9 +36,9 @@ def choose(folder, cache, device=CPU, **options):
 
 def test_safetensors_are_served_in_8_bits(folder, cache):
     chosen = choose(folder, cache)
-    assert (chosen.quantization, chosen.kv_cache_dtype) == ("int8", "float16")
+    assert (chosen.quantization, chosen.kv_cache_dtype) == ("int8", "int8")
     assert chosen.library is not None
-    assert chosen.name.startswith("int8, float16 K/V, native ")
+    assert chosen.name.startswith("int8, int8 K/V, native ")
 
 
 def test_explicit_dtype_means_no_quantization(folder, cache):
@@ -61,7 +61,7 @@ def test_gpu_keeps_the_dtype_of_the_file(folder, cache):
         ({"quantization": "int8", "dtype": "float32"}, "choose one"),
         ({"quantization": "int4", "block_size": 8}, "multiple of 16"),
         ({"dtype": "float8"}, "choose one of auto"),
-        ({"kv_cache_dtype": "bfloat16"}, "float16 or int8 or float32"),
+        ({"kv_cache_dtype": "bfloat16"}, "int8 or float16 or float32"),
         ({"dtype": "bfloat16", "kv_cache_dtype": "float16"}, "here it can be bfloat16"),
     ],
 )

@@ -44,6 +44,7 @@ static void part_of(const Attention *job, int32_t sequence, int32_t *begin, int3
 /* The rows of a task, K/V head by K/V head, and where they have got to. */
 typedef struct {
     int32_t num_rows, rows_each, last_position;
+    size_t ahead; /* from a head's keys or values to the next head's, if there is one */
     float *out[MAX_ROWS];
     int32_t position[MAX_ROWS];
     float maximum[MAX_ROWS];
@@ -57,6 +58,16 @@ typedef struct {
 INLINE vf load_kv(const void *from, size_t at, const int kind) {
     if (kind == KV_INT8) return load_codes((const int8_t *)from + at);
     return kind == KV_FLOAT16 ? load_half((const uint16_t *)from + at) : load((const float *)from + at);
+}
+
+INLINE size_t size_of(const int kind) { return kind == KV_INT8 ? 1 : kind == KV_FLOAT16 ? 2 : 4; }
+
+/* Have what the next head wants fetched while this one is computed, line by line: all at once would
+ * have the core wait. `place`, counted from any line's beginning, says whether one begins. Floats are
+ * not fetched, as a block of them is mostly one that has been widened. */
+INLINE void fetch_kv(const State *s, const void *from, size_t at, size_t place, const int kind) {
+    if (kind != KV_FLOAT32 && place * size_of(kind) % 64 == 0)
+        __builtin_prefetch((const char *)from + (at + s->ahead) * size_of(kind));
 }
 
 /* The scales of LANES tokens, from token j on, of the tile whose codes begin at `at`. */
@@ -74,7 +85,9 @@ INLINE void score(State *s, int32_t row, const int R, const void *keys, const si
     for (int32_t i = 0; i < dim; i++)
         for (int n = 0; n < N; n++)
             for (int v = 0; v < TILE_VECTORS; v++) {
-                vf key = load_kv(keys, at[n] + (size_t)i * TILE + v * LANES, kind);
+                size_t place = (size_t)i * TILE + v * LANES;
+                fetch_kv(s, keys, at[n] + place, place, kind);
+                vf key = load_kv(keys, at[n] + place, kind);
                 for (int r = 0; r < R; r++)
                     sum[r][n][v] = fma_(broadcast(s->query[row + r][i]), key, sum[r][n][v]);
             }
@@ -117,7 +130,9 @@ INLINE void add_values(State *s, int32_t row, const int R, const void *values, c
         size_t from = at[first / TILE] + i;
         for (int32_t k = 0; k < count; k++)
             for (int v = 0; v < V; v++) {
-                vf value = load_kv(values, from + (size_t)k * dim + v * LANES, kind);
+                size_t place = from + (size_t)k * dim + v * LANES;
+                fetch_kv(s, values, place, v * LANES, kind);
+                vf value = load_kv(values, place, kind);
                 for (int r = 0; r < R; r++)
                     sum[r][v] = fma_(broadcast(s->weights[row + r][first + k]), value, sum[r][v]);
             }
@@ -185,6 +200,7 @@ static void weigh_by_scales(State *s, int32_t begin, const void *from, const siz
                             int32_t num_tiles, int32_t dim) {
     for (int32_t k = 0; k < num_tiles * TILE; k += LANES) {
         vf scales = load_kv_scales(from, at[k / TILE], dim, k % TILE);
+        fetch_kv(s, from, at[k / TILE] + (size_t)dim * TILE, 0, KV_INT8);
         for (int32_t row = begin; row < begin + s->rows_each; row++)
             store(&s->weights[row][k], load(&s->weights[row][k]) * scales);
     }
@@ -217,14 +233,19 @@ INLINE void add_block(State *s, int32_t row, const void *values, const size_t *a
     for (; row < last; row++) accumulate(s, row, 1, values, at, dim, num_keys, kind);
 }
 
-/* Tiles of keys as floats, [D, 64]: what lies beyond them is left as it is. */
+/* Tiles of keys as floats, [D, 64], and zeros beyond them: to multiply whatever the stack has there
+ * would do no harm but, where it is subnormal, take much longer. */
 INLINE void widen_keys(State *s, const void *keys, const size_t *at, int32_t num_tiles,
                        int32_t dim, const int kind) {
+    if (num_tiles < BLOCK_TILES) memset(s->block, 0, (size_t)dim * KEY_BLOCK * sizeof(float));
     for (int32_t t = 0; t < num_tiles; t++)
         for (int32_t i = 0; i < dim; i++)
-            for (int32_t k = 0; k < TILE; k += LANES)
+            for (int32_t k = 0; k < TILE; k += LANES) {
+                size_t place = (size_t)i * TILE + k;
+                fetch_kv(s, keys, at[t] + place, place, kind);
                 store(s->block + (size_t)i * KEY_BLOCK + t * TILE + k,
-                      load_kv(keys, at[t] + (size_t)i * TILE + k, kind));
+                      load_kv(keys, at[t] + place, kind));
+            }
 }
 
 /* Tiles of values as floats, [64, D]; `to` says where each tile begins. */
@@ -233,8 +254,10 @@ INLINE void widen_values(State *s, const void *values, const size_t *at, int32_t
     int32_t size = dim * TILE;
     for (int32_t t = 0; t < num_tiles; t++) {
         to[t] = (size_t)t * size;
-        for (int32_t i = 0; i < size; i += LANES)
+        for (int32_t i = 0; i < size; i += LANES) {
+            fetch_kv(s, values, at[t] + i, (size_t)i, kind);
             store(s->block + to[t] + i, load_kv(values, at[t] + i, kind));
+        }
     }
 }
 
@@ -264,6 +287,7 @@ INLINE void attend(const Attention *job, State *s, const int64_t *table, int32_t
                    const int kind) {
     const Model *m = job->model;
     const int32_t num_keys = s->last_position + 1;
+    s->ahead = s->num_rows > s->rows_each ? m->kv_head_stride : 0;
     for (int32_t first = 0; first < num_keys; first += KEY_BLOCK) {
         int32_t count = num_keys - first < KEY_BLOCK ? num_keys - first : KEY_BLOCK;
         size_t at[BLOCK_TILES];

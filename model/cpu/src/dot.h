@@ -2,7 +2,7 @@
  * company and instruction change nothing. A step covers 4 columns: 64 bytes hold 16 rows by 4.
  *
  * AVX-512 VNNI multiplies unsigned by signed bytes. int8 weights are stored with 128 added there,
- * and 128 times the sum of the codes is taken off again.
+ * and sums begin at -128 times the sum of the codes.
  * AVX2 has the same only with saturation to 16 bits, which these sums never reach: |w| * (a with the
  * sign of w) is at most 2 * 128 * 127 = 32512 a pair, as no activation's code is -128; a nibble times
  * a code is at most 2 * 15 * 127 = 3810, so that eight such pairs can be summed in 16 bits.
@@ -16,20 +16,22 @@
 #define VECTORS (PANEL / LANES)
 #define MAX_TILE_ROWS 6 /* R and P are constants where these are inlined, and at most these */
 #if LANES == 16
-#define TILE_PANELS 2 /* a row's codes are loaded once for both, and 12 sums hide the latency */
+#define TILE_PANELS 3 /* 18 sums hide the latency of adding, which 12 do not on every machine */
 #else
 #define TILE_PANELS 1
 #endif
 #define TILE_VECTORS (TILE_PANELS * VECTORS)
 
-/* Weights that will be wanted soon, of one panel or two: a line of each is fetched at each step. */
+/* Weights that will be wanted soon: P places are fetched at each step, `spacing` bytes apart, so that
+ * the tiles of a run bring in the next run's panels among them. */
 typedef struct {
-    const uint8_t *first, *second; /* or none */
+    const uint8_t *next;
+    size_t spacing;
 } Ahead;
 
-INLINE void fetch(Ahead ahead, int32_t at) {
-    if (ahead.first) __builtin_prefetch(ahead.first + at);
-    if (ahead.second) __builtin_prefetch(ahead.second + at);
+INLINE void fetch(Ahead *ahead, const int P) {
+    for (int p = 0; p < P; p++) __builtin_prefetch(ahead->next + p * ahead->spacing);
+    ahead->next += P * ahead->spacing;
 }
 
 INLINE int32_t four_codes(const int8_t *codes) { int32_t v; memcpy(&v, codes, 4); return v; }
@@ -47,20 +49,22 @@ INLINE __m512i add_dots(__m512i sums, __m512i bytes, __m512i codes) {
 #endif
 }
 
-INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
-                     int32_t steps, Ahead ahead, vi sum[][TILE_VECTORS]) {
+INLINE void dot_bytes(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                      const int8_t *codes, size_t stride, const int32_t *offsets,
+                      size_t offsets_stride, int32_t steps, Ahead *ahead, vi sum[][TILE_VECTORS]) {
     __m512i s[MAX_TILE_ROWS][TILE_PANELS], w[TILE_PANELS];
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) s[r][p] = _mm512_set1_epi32(-128 * sums[r * sums_stride]);
+    for (int r = 0; r < R; r++) {
+        __m512i first = _mm512_set1_epi32(offsets ? offsets[r * offsets_stride] : 0);
+        for (int p = 0; p < P; p++) s[r][p] = first;
+    }
     for (int32_t k = 0; k < steps; k++) {
-        fetch(ahead, k * 64);
-#pragma GCC unroll 2
+        fetch(ahead, P);
+#pragma GCC unroll 4
         for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(weights + p * panel_bytes + k * 64);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             __m512i a = _mm512_set1_epi32(four_codes(codes + r * stride + k * 4));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < P; p++) s[r][p] = add_dots(s[r][p], w[p], a);
         }
     }
@@ -68,15 +72,27 @@ INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t pa
         for (int p = 0; p < P; p++) sum[r][p] = (vi)s[r][p];
 }
 
+/* A group of 32 columns as bytes in the order of the columns: what several tiles of rows share. */
+INLINE void unpack_int4(const uint8_t *weights, uint8_t *to) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int32_t k = 0; k < 4; k++) {
+        __m512i both = _mm512_loadu_si512(weights + k * 64);
+        __m512i first = _mm512_and_si512(both, low);
+        __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        memcpy(to + k * 64, &first, sizeof first);
+        memcpy(to + 256 + k * 64, &second, sizeof second);
+    }
+}
+
 INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, Ahead ahead,
+                     const int8_t *codes, size_t stride, Ahead *ahead,
                      vi sum[][TILE_VECTORS]) {
     const __m512i low = _mm512_set1_epi8(15);
     __m512i s[MAX_TILE_ROWS][TILE_PANELS], w0[TILE_PANELS], w1[TILE_PANELS];
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) s[r][p] = _mm512_setzero_si512();
     for (int32_t k = 0; k < 4; k++) {
-        fetch(ahead, k * 64);
+        fetch(ahead, P);
         for (int p = 0; p < P; p++) {
             __m512i both = _mm512_loadu_si512(weights + p * panel_bytes + k * 64);
             w0[p] = _mm512_and_si512(both, low);
@@ -87,7 +103,7 @@ INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t pa
             const int8_t *a = codes + r * stride + k * 4;
             __m512i a0 = _mm512_set1_epi32(four_codes(a));
             __m512i a1 = _mm512_set1_epi32(four_codes(a + 16));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < P; p++) {
                 s[r][p] = add_dots(s[r][p], w0[p], a0);
                 s[r][p] = add_dots(s[r][p], w1[p], a1);
@@ -100,10 +116,11 @@ INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t pa
 
 #elif LANES == 8 /* -------------------------------------------------------------------- AVX2 */
 
-INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
-                     int32_t steps, Ahead ahead, vi sum[][TILE_VECTORS]) {
-    (void)P, (void)ahead, (void)panel_bytes, (void)sums, (void)sums_stride;
+INLINE void dot_bytes(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                      const int8_t *codes, size_t stride, const int32_t *offsets,
+                      size_t offsets_stride, int32_t steps, Ahead *ahead,
+                      vi sum[][TILE_VECTORS]) {
+    (void)P, (void)ahead, (void)panel_bytes, (void)offsets, (void)offsets_stride;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i s[MAX_TILE_ROWS][2];
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
@@ -124,7 +141,7 @@ INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t pa
 }
 
 INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, Ahead ahead,
+                     const int8_t *codes, size_t stride, Ahead *ahead,
                      vi sum[][TILE_VECTORS]) {
     (void)P, (void)ahead, (void)panel_bytes;
     const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -149,10 +166,11 @@ INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t pa
 
 #else /* -------------------------------------------------------------------------- portable */
 
-INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, const int32_t *sums, size_t sums_stride,
-                     int32_t steps, Ahead ahead, vi sum[][TILE_VECTORS]) {
-    (void)P, (void)ahead, (void)panel_bytes, (void)sums, (void)sums_stride;
+INLINE void dot_bytes(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                      const int8_t *codes, size_t stride, const int32_t *offsets,
+                      size_t offsets_stride, int32_t steps, Ahead *ahead,
+                      vi sum[][TILE_VECTORS]) {
+    (void)P, (void)ahead, (void)panel_bytes, (void)offsets, (void)offsets_stride;
     int32_t s[MAX_TILE_ROWS][PANEL];
     memset(s, 0, sizeof s);
     for (int32_t k = 0; k < steps; k++)
@@ -164,7 +182,7 @@ INLINE void dot_int8(const int R, const int P, const uint8_t *weights, size_t pa
 }
 
 INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
-                     const int8_t *codes, size_t stride, Ahead ahead,
+                     const int8_t *codes, size_t stride, Ahead *ahead,
                      vi sum[][TILE_VECTORS]) {
     (void)P, (void)ahead, (void)panel_bytes;
     int32_t s[MAX_TILE_ROWS][PANEL];

@@ -10,12 +10,17 @@
 #define TASK_BYTES 131072 /* of weights: those of the first panels are not fetched ahead */
 #define MIN_TASKS 8       /* of a large matrix, so that threads end together */
 #define MAX_PARTS 3
+#define SHORT_GROUP 64
 
 #if LANES == 16
 #define TILE_ROWS MAX_TILE_ROWS
 #else
 #define TILE_ROWS 4
 #endif
+#define UNPACKED_TILES 4    /* of rows, for which it pays to unpack int4 first */
+#define UNPACKED_COLS 16384 /* for which there is room on the stack */
+
+enum { FLOATS, BYTES, NIBBLES, UNPACKED }; /* what a tile reads */
 
 typedef struct {
     const Rows *rows;
@@ -24,6 +29,16 @@ typedef struct {
     int32_t panels_per_task[MAX_PARTS], first_task[MAX_PARTS + 1], first_column[MAX_PARTS];
     float *out;
 } Product;
+
+/* What the tiles of a run of panels have in common. */
+typedef struct {
+    const Matrix *matrix;
+    const Rows *rows;
+    int32_t panel, num_tiles, num_ahead; /* panels behind the run that are wanted next */
+    int32_t stride;
+    const uint8_t *unpacked; /* int4 as bytes, or none */
+    float *out;
+} Panels;
 
 /* Write sums [PANEL] of a row, scaled and biased; the last panel may be cut short. */
 INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, float *out) {
@@ -39,20 +54,34 @@ INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, 
     memcpy(out, row, (size_t)width * sizeof(float));
 }
 
-INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
-                         int32_t panel, const int P, float *out, int32_t stride,
-                         int32_t fetched, int32_t num_fetched, const int is_int4) {
+/* A tile's share of the weights behind the run, over `steps` steps. */
+INLINE Ahead share_of(const Panels *panels, int32_t index, const int P, size_t panel_bytes,
+                      int32_t steps) {
+    size_t next = (size_t)(panels->panel + P) * panel_bytes;
+    size_t share = panels->num_ahead * panel_bytes / panels->num_tiles, fetches = (size_t)steps * P;
+    const uint8_t *weights = panels->matrix->weights;
+    if (!share) return (Ahead){weights, 0};
+    return (Ahead){weights + next + index * share, (share + fetches - 1) / fetches};
+}
+
+INLINE void integer_tile(const Panels *panels, int32_t index, int32_t first, const int R,
+                         const int P, const int form) {
+    const int is_int4 = form != BYTES, is_unpacked = form == UNPACKED;
+    const Matrix *m = panels->matrix;
+    const Rows *rows = panels->rows;
     int32_t groups = m->padded_cols / m->group;
-    size_t group_bytes = (size_t)m->group * PANEL / (is_int4 ? 2 : 1);
+    size_t packed_group = (size_t)m->group * PANEL / (is_int4 ? 2 : 1);
+    size_t group_bytes = is_unpacked ? 2 * packed_group : packed_group;
     size_t panel_bytes = groups * group_bytes, panel_scales = (size_t)groups * PANEL;
-    const uint8_t *weights = (const uint8_t *)m->weights + panel * panel_bytes;
-    const uint8_t *next = (const uint8_t *)m->weights + fetched * panel_bytes;
-    Ahead ahead = {num_fetched > 0 ? next : NULL, num_fetched > 1 ? next + panel_bytes : NULL};
-    const uint16_t *scales = m->scales + panel * panel_scales;
-    const uint16_t *minima = m->minima + (is_int4 ? panel * panel_scales : 0);
+    const uint8_t *weights = (const uint8_t *)m->weights + panels->panel * panel_bytes;
+    if (is_unpacked) weights = panels->unpacked;
+    Ahead ahead = share_of(panels, index, P, groups * packed_group, (int32_t)(panel_bytes / 64));
+    const uint16_t *scales = m->scales + panels->panel * panel_scales;
+    const uint16_t *minima = m->minima + (is_int4 ? panels->panel * panel_scales : 0);
     const int8_t *codes = rows->codes + (size_t)first * m->padded_cols;
     const float *row_scales = rows->scales + (size_t)first * groups;
-    const int32_t *row_sums = rows->sums + (size_t)first * groups;
+    const float *row_totals = rows->totals + (size_t)first * groups;
+    const int32_t *offsets = rows->offsets + (size_t)first * groups;
     vf sum[TILE_ROWS][TILE_VECTORS];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < P * VECTORS; v++) sum[r][v] = (vf){0};
@@ -60,36 +89,33 @@ INLINE void integer_tile(const Matrix *m, const Rows *rows, int32_t first, const
         vi dot[TILE_ROWS][TILE_VECTORS];
         const uint8_t *w = weights + g * group_bytes;
         const int8_t *a = codes + (size_t)g * m->group;
-        if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, ahead, dot);
-        else dot_int8(R, P, w, panel_bytes, a, m->padded_cols, row_sums + g, groups, m->group / 4,
-                      ahead, dot);
-        if (ahead.first) ahead.first += group_bytes;
-        if (ahead.second) ahead.second += group_bytes;
+        if (is_unpacked) dot_bytes(R, P, w, panel_bytes, a, m->padded_cols, NULL, 0, 8, &ahead, dot);
+        else if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, &ahead, dot);
+        else dot_bytes(R, P, w, panel_bytes, a, m->padded_cols, offsets + g, groups, m->group / 4,
+                       &ahead, dot);
         for (int v = 0; v < P * VECTORS; v++) {
             size_t at = v / VECTORS * panel_scales + (size_t)g * PANEL + v % VECTORS * LANES;
             vf scale = load_half(scales + at);
             vf minimum = is_int4 ? load_half(minima + at) : (vf){0};
             for (int r = 0; r < R; r++) {
-                float row_scale = row_scales[(size_t)r * groups + g];
+                size_t place = (size_t)r * groups + g;
                 vf value = __builtin_convertvector(dot[r][v], vf);
-                sum[r][v] = fma_(value, scale * broadcast(row_scale), sum[r][v]);
-                if (is_int4) {
-                    float total = row_scale * (float)row_sums[(size_t)r * groups + g];
-                    sum[r][v] = fma_(minimum, broadcast(total), sum[r][v]);
-                }
+                sum[r][v] = fma_(value, scale * broadcast(row_scales[place]), sum[r][v]);
+                if (is_int4) sum[r][v] = fma_(minimum, broadcast(row_totals[place]), sum[r][v]);
             }
         }
     }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++)
-            finish(m, panel + p, sum[r] + p * VECTORS, m->factor,
-                   out + (size_t)r * stride + p * PANEL);
+            finish(m, panels->panel + p, sum[r] + p * VECTORS, m->factor,
+                   panels->out + (size_t)(first + r) * panels->stride + p * PANEL);
 }
 
-INLINE void float_tile(const Matrix *m, const Rows *rows, int32_t first, const int R,
-                       int32_t panel, const int P, float *out, int32_t stride) {
+INLINE void float_tile(const Panels *panels, int32_t first, const int R, const int P) {
+    const Matrix *m = panels->matrix;
+    const Rows *rows = panels->rows;
     size_t panel_floats = (size_t)m->cols * PANEL;
-    const float *weights = (const float *)m->weights + panel * panel_floats;
+    const float *weights = (const float *)m->weights + panels->panel * panel_floats;
     const float *x = rows->floats + (size_t)first * rows->stride;
     vf sum[TILE_ROWS][TILE_VECTORS];
     memset(sum, 0, sizeof sum);
@@ -105,41 +131,93 @@ INLINE void float_tile(const Matrix *m, const Rows *rows, int32_t first, const i
     }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++)
-            finish(m, panel + p, sum[r] + p * VECTORS, 1.0f, out + (size_t)r * stride + p * PANEL);
+            finish(m, panels->panel + p, sum[r] + p * VECTORS, 1.0f,
+                   panels->out + (size_t)(first + r) * panels->stride + p * PANEL);
 }
 
-INLINE void tile(const Matrix *m, const Rows *rows, int32_t first, const int R, int32_t panel,
-                 const int P, float *out, int32_t stride, int32_t fetched, int32_t num_fetched) {
-    if (m->kind == WEIGHTS_INT8)
-        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, num_fetched, 0);
-    else if (m->kind == WEIGHTS_INT4)
-        integer_tile(m, rows, first, R, panel, P, out, stride, fetched, num_fetched, 1);
-    else float_tile(m, rows, first, R, panel, P, out, stride);
+INLINE void tile(const Panels *panels, int32_t index, int32_t first, const int R, const int P,
+                 const int form) {
+    if (form == UNPACKED && R < 4) return; /* there are none: see UNPACKED_TILES */
+    if (form == FLOATS) float_tile(panels, first, R, P);
+    else integer_tile(panels, index, first, R, P, form);
 }
 
-/* Take the rows some at a time, as evenly as it goes: a tile of two rows is no faster than of four.
- * The next panels' weights are on their way meanwhile: all of them, or one while each of the first
- * P tiles is computed. */
-INLINE void multiply_panels(const Matrix *m, const Rows *rows, int32_t num_rows, int32_t panel,
-                            const int P, float *out, int32_t stride, int32_t end) {
-    int32_t first = 0, num_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int32_t index = 0; index < num_tiles; index++) {
-        int32_t left = num_tiles - index, count = (num_rows - first + left - 1) / left;
-        int32_t next = panel + P + index, ahead = num_tiles == 1 ? P : index < P;
-        if (ahead > end - next) ahead = end > next ? end - next : 0;
-        float *to = out + (size_t)first * stride;
+/* Take the rows some at a time, as evenly as it goes: a tile of two rows is no faster than of four. */
+INLINE void multiply_rows(const Panels *panels, int32_t num_rows, const int P, const int form) {
+    int32_t first = 0;
+    for (int32_t index = 0; index < panels->num_tiles; index++) {
+        int32_t left = panels->num_tiles - index, count = (num_rows - first + left - 1) / left;
         switch (count) {
-            case 1: tile(m, rows, first, 1, panel, P, to, stride, next, ahead); break;
-            case 2: tile(m, rows, first, 2, panel, P, to, stride, next, ahead); break;
-            case 3: tile(m, rows, first, 3, panel, P, to, stride, next, ahead); break;
-            case 4: tile(m, rows, first, 4, panel, P, to, stride, next, ahead); break;
+            case 1: tile(panels, index, first, 1, P, form); break;
+            case 2: tile(panels, index, first, 2, P, form); break;
+            case 3: tile(panels, index, first, 3, P, form); break;
+            case 4: tile(panels, index, first, 4, P, form); break;
 #if TILE_ROWS == 6
-            case 5: tile(m, rows, first, 5, panel, P, to, stride, next, ahead); break;
-            case 6: tile(m, rows, first, 6, panel, P, to, stride, next, ahead); break;
+            case 5: tile(panels, index, first, 5, P, form); break;
+            case 6: tile(panels, index, first, 6, P, form); break;
 #endif
         }
         first += count;
     }
+}
+
+/* Each combination that there is, once: they are much code. */
+static void multiply_one(const Panels *panels, int32_t num_rows) {
+    switch (panels->matrix->kind) {
+        case WEIGHTS_INT8: multiply_rows(panels, num_rows, 1, BYTES); break;
+        case WEIGHTS_INT4: multiply_rows(panels, num_rows, 1, NIBBLES); break;
+        default: multiply_rows(panels, num_rows, 1, FLOATS);
+    }
+}
+
+#if TILE_PANELS > 1
+static void multiply_two(const Panels *panels, int32_t num_rows) {
+    switch (panels->matrix->kind) {
+        case WEIGHTS_INT8: multiply_rows(panels, num_rows, 2, BYTES); break;
+        case WEIGHTS_INT4: multiply_rows(panels, num_rows, 2, NIBBLES); break;
+        default: multiply_rows(panels, num_rows, 2, FLOATS);
+    }
+}
+
+static void multiply_three(const Panels *panels, int32_t num_rows) {
+    multiply_rows(panels, num_rows, 3, BYTES);
+}
+
+/* Two panels of int4, unpacked once for all tiles of rows. */
+static void multiply_unpacked(Panels *panels, int32_t num_rows) {
+    const Matrix *m = panels->matrix;
+    int32_t groups = m->padded_cols / INT4_GROUP;
+    _Alignas(64) uint8_t bytes[(size_t)2 * m->padded_cols * PANEL];
+    const uint8_t *from = (const uint8_t *)m->weights + (size_t)panels->panel * groups * 256;
+    for (int32_t g = 0; g < 2 * groups; g++)
+        unpack_int4(from + (size_t)g * 256, bytes + (size_t)g * 512);
+    panels->unpacked = bytes;
+    multiply_rows(panels, num_rows, 2, UNPACKED);
+}
+#endif
+
+/* Panels that are computed at once: three, or two where a group is so short that what has been
+ * summed up before it had better stay in registers. */
+static int32_t panels_of_run(const Matrix *m) {
+    int is_long = m->kind == WEIGHTS_INT8 && m->group > SHORT_GROUP;
+    return is_long || TILE_PANELS == 1 ? TILE_PANELS : 2;
+}
+
+static void multiply_run(const Product *job, const Matrix *m, int32_t panel, int32_t count,
+                         int32_t end, float *out) {
+    int32_t num_rows = job->num_rows, behind = end - panel - count;
+    Panels panels = {m, job->rows, panel, (num_rows + TILE_ROWS - 1) / TILE_ROWS,
+                     behind < count ? behind : count, job->stride, NULL,
+                     out + (size_t)panel * PANEL};
+#if TILE_PANELS > 1
+    int is_unpacked = m->kind == WEIGHTS_INT4 && panels.num_tiles >= UNPACKED_TILES &&
+                      m->padded_cols <= UNPACKED_COLS;
+    if (count == 3) multiply_three(&panels, num_rows);
+    else if (count == 2 && is_unpacked) multiply_unpacked(&panels, num_rows);
+    else if (count == 2) multiply_two(&panels, num_rows);
+    else
+#endif
+        multiply_one(&panels, num_rows);
 }
 
 static void run_task(void *context, int32_t task) {
@@ -151,12 +229,10 @@ static void run_task(void *context, int32_t task) {
     int32_t panel = (task - job->first_task[part]) * width;
     int32_t end = panel + width < panels ? panel + width : panels;
     float *out = job->out + job->first_column[part];
-    for (; panel + TILE_PANELS <= end; panel += TILE_PANELS)
-        multiply_panels(m, job->rows, job->num_rows, panel, TILE_PANELS,
-                        out + (size_t)panel * PANEL, job->stride, end);
-    if (panel < end)
-        multiply_panels(m, job->rows, job->num_rows, panel, 1, out + (size_t)panel * PANEL,
-                        job->stride, end);
+    for (int32_t count = panels_of_run(m); panel < end; panel += count) {
+        if (count > end - panel) count = 1;
+        multiply_run(job, m, panel, count, end, out);
+    }
 }
 
 void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const *parts,
@@ -172,7 +248,8 @@ void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const 
         int32_t width = (int32_t)((TASK_BYTES + panel_bytes - 1) / panel_bytes);
         if (width > (panels + MIN_TASKS - 1) / MIN_TASKS) width = (panels + MIN_TASKS - 1) / MIN_TASKS;
         if (pool_size(pool) == 1) width = panels; /* who is alone can fetch all of it ahead */
-        width = (width + TILE_PANELS - 1) / TILE_PANELS * TILE_PANELS;
+        int32_t run = panels_of_run(m);
+        width = (width + run - 1) / run * run;
         job.panels_per_task[p] = width;
         job.first_task[p + 1] = job.first_task[p] + (panels + width - 1) / width;
         job.first_column[p] = column;

@@ -92,7 +92,8 @@ typedef struct {
     int32_t group, padded_cols;
     int8_t *codes;  /* [T, padded_cols] */
     float *scales;  /* [T, groups] */
-    int32_t *sums;  /* [T, groups] of codes */
+    float *totals;  /* [T, groups] sums of codes times their scale: what minima are multiplied by */
+    int32_t *offsets; /* [T, groups] -128 times the sums of codes; see dot.h */
     const float *floats; /* [T, cols]: the rows themselves, for float32 matrices */
     int32_t stride;      /* of floats */
 } Rows;

@@ -50,15 +50,16 @@ float quantize_vector(const float *from, int32_t size, int8_t *codes) {
 static void quantize_row(void *context, int32_t row) {
     const Quantize *job = context;
     Rows *rows = job->rows;
-    int32_t groups = rows->padded_cols / rows->group;
+    int32_t groups = rows->padded_cols / rows->group, sum;
     const float *x = job->from + (size_t)row * job->stride;
     int8_t *codes = rows->codes + (size_t)row * rows->padded_cols;
     for (int32_t g = 0; g < groups; g++) {
         int32_t first = g * rows->group, left = job->cols - first;
         int32_t size = left < rows->group ? (left > 0 ? left : 0) : rows->group;
-        quantize_group(x + first, size, rows->group, codes + first,
-                       &rows->scales[(size_t)row * groups + g],
-                       &rows->sums[(size_t)row * groups + g]);
+        size_t place = (size_t)row * groups + g;
+        quantize_group(x + first, size, rows->group, codes + first, &rows->scales[place], &sum);
+        rows->offsets[place] = -128 * sum;
+        rows->totals[place] = rows->scales[place] * (float)sum;
     }
 }
 

@@ -63,15 +63,17 @@ static int create_work(const Model *m, Work *work, size_t rows) {
                         sizeof(float));
     work->rows.codes = buffer(rows * wide, 1);
     work->rows.scales = buffer(rows * groups, sizeof(float));
-    work->rows.sums = buffer(rows * groups, sizeof(int32_t));
-    return work->normed && work->wide && work->rows.codes && work->rows.scales && work->rows.sums;
+    work->rows.totals = buffer(rows * groups, sizeof(float));
+    work->rows.offsets = buffer(rows * groups, sizeof(int32_t));
+    return work->normed && work->wide && work->rows.codes && work->rows.scales &&
+           work->rows.totals && work->rows.offsets;
 }
 
 void engine_destroy(Engine *engine) {
     for (int32_t i = 0; engine->work && i < engine->num_threads; i++) {
         Work *work = &engine->work[i];
         void *all[] = {work->normed, work->wide, work->rows.codes, work->rows.scales,
-                       work->rows.sums};
+                       work->rows.totals, work->rows.offsets};
         for (size_t k = 0; k < sizeof all / sizeof *all; k++) free(all[k]);
     }
     if (engine->alone) pool_destroy(engine->alone);

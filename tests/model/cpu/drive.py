@@ -51,7 +51,8 @@ class Rows(ctypes.Structure):
         ("padded_cols", c_int32),
         ("codes", c_void_p),
         ("scales", c_void_p),
-        ("sums", c_void_p),
+        ("totals", c_void_p),
+        ("offsets", c_void_p),
         ("floats", c_void_p),
         ("stride", c_int32),
     )
@@ -64,7 +65,8 @@ class Quantized:
     rows: Rows
     codes: Tensor  # [T, padded cols] int8
     scales: Tensor  # [T, groups]
-    sums: Tensor  # [T, groups] int32
+    totals: Tensor  # [T, groups]
+    offsets: Tensor  # [T, groups] int32
 
 
 def quantize(library: Library, x: Tensor, matrix: Matrix) -> Quantized:
@@ -72,8 +74,14 @@ def quantize(library: Library, x: Tensor, matrix: Matrix) -> Quantized:
     groups = matrix.padded_cols // matrix.group
     codes = torch.zeros(x.shape[0], matrix.padded_cols, dtype=torch.int8)
     scales = torch.zeros(x.shape[0], groups)
-    sums = torch.zeros(x.shape[0], groups, dtype=torch.int32)
-    rows = Rows(codes=pointer(codes), scales=pointer(scales), sums=pointer(sums))
+    totals = torch.zeros(x.shape[0], groups)
+    offsets = torch.zeros(x.shape[0], groups, dtype=torch.int32)
+    rows = Rows(
+        codes=pointer(codes),
+        scales=pointer(scales),
+        totals=pointer(totals),
+        offsets=pointer(offsets),
+    )
     library._c.quantize_rows(
         library.pool,
         ctypes.byref(rows),
@@ -83,7 +91,7 @@ def quantize(library: Library, x: Tensor, matrix: Matrix) -> Quantized:
         c_int32(x.shape[0]),
         ctypes.byref(matrix),
     )
-    return Quantized(rows, codes, scales, sums)
+    return Quantized(rows, codes, scales, totals, offsets)
 
 
 def multiply(library: Library, quantized: Quantized, parts: list[Matrix], num_rows: int) -> Tensor:
