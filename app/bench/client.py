@@ -1,14 +1,11 @@
-"""The client, the same for every server: one streamed answer, timed as a user would see it."""
+"""What one streamed answer amounts to, of whatever server: its tokens, and when they came."""
 
 import json
-import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-import httpx
-
-from app.bench.peer import PeerFault, WireRequest
+from app.bench.peer import PeerFault
 
 Event = dict[str, object]
 
@@ -33,27 +30,6 @@ class Completion:
     def decode_tokens_per_s(self) -> float:
         """The rate after the first token, whose time belongs to the prompt."""
         return (self.num_output_tokens - 1) / (self.last_token_s - self.first_token_s)
-
-
-async def stream_completion(
-    client: httpx.AsyncClient, request: WireRequest, num_output: int
-) -> Completion:
-    """Ask and read to the end.
-
-    Raises PeerFault when the server refuses, breaks off, or answers with another length: a rate
-    over fewer tokens would flatter it.
-    """
-    started_s = time.monotonic()
-    events: list[tuple[float, Event]] = []
-    try:
-        async with client.stream("POST", request.path, json=request.body) as response:
-            if response.status_code != httpx.codes.OK:
-                raise refusal(response.status_code, await response.aread())
-            async for event in _events(response):
-                events.append((time.monotonic(), event))
-    except httpx.HTTPError as error:
-        raise PeerFault(f"broke off: {type(error).__name__} {one_line(str(error))}") from error
-    return completion_of(events, started_s, time.monotonic(), num_output)
 
 
 def completion_of(
@@ -91,15 +67,6 @@ def completion_of(
 def refusal(status: int, body: bytes) -> PeerFault:
     """Return the fault of an answer that is no stream."""
     return PeerFault(f"answered {status}: {one_line(body.decode('utf-8', 'replace'))}")
-
-
-async def _events(response: httpx.Response) -> AsyncIterator[Event]:
-    rest = b""
-    async for chunk in response.aiter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if (event := event_of(line)) is not None:
-                yield event
 
 
 def event_of(line: bytes) -> Event | None:

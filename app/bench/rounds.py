@@ -13,7 +13,8 @@ import httpx
 
 from app.bench.peer import Launch, Model, Peer, PeerFault, Workplace
 from app.bench.process import ServerProcess, free_port
-from app.bench.workload import TIMEOUT_S, Asker, Workload, measure
+from app.bench.wire import Address
+from app.bench.workload import Asker, Workload, measure
 
 Log = Callable[[str], None]
 
@@ -85,17 +86,14 @@ async def _turn(
     rng: random.Random,
 ) -> dict[str, float]:
     log = workplace.cache / "logs" / f"{model.name}-{peer.name.replace(' ', '-')}.log"
-    limits = httpx.Limits(max_connections=None)
     url = f"http://127.0.0.1:{launch.port}"
-    async with httpx.AsyncClient(
-        base_url=url, timeout=TIMEOUT_S, limits=limits, trust_env=False
-    ) as client:
-        request = partial(peer.request, launch.model)
-        asker = Asker(client=client, model=model, rng=rng, request=request)
-        with ServerProcess(peer.command(launch, workplace), log) as server:
+    request = partial(peer.request, launch.model)
+    asker = Asker(address=Address.parse(url), model=model, rng=rng, request=request)
+    with ServerProcess(peer.command(launch, workplace), log) as server:
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
             await server.wait_ready(client, peer.ready_path)
-            first = await asker.ask(8, 1)
-            figures = await measure(asker, workload)
-            figures["start"] = first.first_token_s - server.started_s
-            figures["resident"] = server.resident_bytes() / 2**20
-            return figures
+        first = await asker.ask(8, 1)
+        figures = await measure(asker, workload)
+        figures["start"] = first.first_token_s - server.started_s
+        figures["resident"] = server.resident_bytes() / 2**20
+        return figures

@@ -9,10 +9,9 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import httpx
-
-from app.bench.client import Completion, stream_completion
+from app.bench.client import Completion
 from app.bench.peer import Model, WireRequest
+from app.bench.wire import Address, exchange
 
 TIMEOUT_S = 900.0
 
@@ -59,7 +58,7 @@ QUICK = Workload(num_prefills=1, decode_tokens=16, num_decodes=1, batch_prompt=1
 class Asker:
     """Sends fresh random prompts to one server."""
 
-    client: httpx.AsyncClient
+    address: Address
     model: Model
     rng: random.Random
     request: Callable[[list[int], int], WireRequest]
@@ -67,7 +66,8 @@ class Asker:
     async def ask(self, num_prompt: int, num_output: int) -> Completion:
         """Complete a prompt nobody has seen. Raises PeerFault."""
         ids = self.rng.choices(range(self.model.first_id, self.model.vocab_size), k=num_prompt)
-        return await stream_completion(self.client, self.request(ids, num_output), num_output)
+        answer = await exchange(self.address, self.request(ids, num_output), TIMEOUT_S)
+        return answer.completion(num_output)
 
 
 async def measure(asker: Asker, workload: Workload) -> dict[str, float]:

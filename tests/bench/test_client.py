@@ -3,13 +3,13 @@
 import asyncio
 import json
 
-import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from app.bench.client import Completion, stream_completion
+from app.bench.client import Completion
 from app.bench.peer import PeerFault, completion_request
+from app.bench.wire import Address, exchange
 from app.bench.workload import output_rate
 from tests.api.serve import real_server
 
@@ -34,14 +34,9 @@ def peer(chunks: list[str], status: int = 200) -> FastAPI:
 
 
 def ask(app: FastAPI, num_output: int) -> Completion:
-    async def ask_once(url: str) -> Completion:
-        async with httpx.AsyncClient(base_url=url) as client:
-            return await stream_completion(
-                client, completion_request([300, 301], num_output), num_output
-            )
-
     with real_server(app) as url:
-        return asyncio.run(ask_once(url))
+        request = completion_request([300, 301], num_output)
+        return asyncio.run(exchange(Address.parse(url), request, 60)).completion(num_output)
 
 
 TOKENS = [event(choices=[{"text": " t300"}])] * 3

@@ -37,6 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         for _ in range(body["max_tokens"]):
             self.wfile.write(b'data: {"choices": [{"text": "t"}]}\\n\\n')
             self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\\n\\n")
 
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
