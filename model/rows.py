@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from model.step import NewRow, PlanRow, RunnerLimits, SamplingParams
 from model.transfer import Ids, send_all
 
 NOTHING: Ids = np.empty(0, dtype=np.int64)
+Array = Tensor | npt.NDArray[np.int32]
+"""On a CPU numpy's: what it does to a few numbers costs a quarter of what it costs in torch."""
 
 
 @dataclass(slots=True)
@@ -72,6 +75,10 @@ class Rows:
         self.token_log = logs.view(num_rows, self._log_len)
         self.block_tables = tables.view(num_rows, self._max_blocks)
         self.no_log = self._state[:0]  # of who does not read it: a slice a row costs as much
+        self._flat, self._logs, self._tables = (
+            each.numpy() if device.type == "cpu" else each
+            for each in (self._state, self.token_log, self.block_tables)
+        )
         self._states: dict[int, RowState] = {}
         # Noted, not yet sent: where in the state, and what.
         self._places: list[int] = []
@@ -110,7 +117,7 @@ class Rows:
             return send_all(arrays, self._device) if any(map(len, arrays)) else ()
         noted = (np.array(self._places), np.array(self._values))
         places, values, *others = send_all((*noted, *arrays), self._device)
-        self._state[places] = values.to(torch.int32)
+        _put(self._flat, (places,), values)
         self._places.clear()
         self._values.clear()
         return tuple(others)
@@ -127,7 +134,7 @@ class Rows:
         its draft they are the drafts themselves, and what lies behind it is written again by a
         later step before anything reads it.
         """
-        self.token_log[samples.rows, samples.positions] = token_ids.to(torch.int32)
+        _put(self._logs, (samples.rows, samples.positions), token_ids)
 
     def gather(self, plan_rows: Sequence[PlanRow], row_tile: int) -> GatheredStep:
         """Put together the inputs of a step, padded to a multiple of `row_tile` tokens."""
@@ -152,21 +159,29 @@ class Rows:
             samples = _sampled(plan_rows, query_starts)
         sent = self.send(rows, token_rows, positions, *samples)
         device_rows, device_token_rows, device_positions, *device_samples = sent
-        size = self._block_size
-        blocks = self.block_tables[device_token_rows, device_positions // size].to(torch.int64)
-        slots = blocks * size + device_positions % size
-        token_ids = self.token_log[device_token_rows, device_positions].to(torch.int64)
-        max_blocks = max(self._states[each.row].num_blocks for each in plan_rows)
-        tables = self.block_tables[:, :max_blocks].index_select(0, device_rows)
+        num_blocks = max(self._states[each.row].num_blocks for each in plan_rows)
+        token_ids, slots, tables = self._look_up(
+            device_rows, device_token_rows, device_positions, num_blocks
+        )
         inputs = StepInputs(
             token_ids=_padded(token_ids, padding),
             positions=_padded(device_positions, padding),
             slots=_padded(slots, padding, value=-1),
-            block_tables=tables.to(torch.int64),
+            block_tables=tables,
             query_starts=query_starts,
             seq_lens=[each.start + each.num_tokens for each in plan_rows],
         )
         return GatheredStep(inputs=inputs, samples=_samples(*device_samples))
+
+    def _look_up(
+        self, rows: Tensor, token_rows: Tensor, positions: Tensor, num_blocks: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ids and slots of a step's tokens, and the block tables of its rows, int64."""
+        size = self._block_size
+        blocks = _take(self._tables, token_rows, positions // size)
+        token_ids = _take(self._logs, token_rows, positions)
+        tables = _take(self._tables[:, :num_blocks], rows)
+        return token_ids, blocks * size + positions % size, tables
 
     def _note(self, first: int, values: Iterable[int]) -> None:
         self._values.extend(values)
@@ -203,6 +218,20 @@ def _samples(rows: Tensor, positions: Tensor, tokens: Tensor) -> Samples | None:
     if not len(rows):
         return None
     return Samples(rows=rows, positions=positions, tokens=tokens if len(tokens) else None)
+
+
+def _take(values: Array, *places: Tensor) -> Tensor:
+    """Return what lies in some places, as int64."""
+    if isinstance(values, Tensor):
+        return values[places].to(torch.int64)
+    return torch.from_numpy(values[tuple(each.numpy() for each in places)].astype(np.int64))
+
+
+def _put(values: Array, places: tuple[Tensor, ...], numbers: Tensor) -> None:
+    if isinstance(values, Tensor):
+        values[places] = numbers.to(torch.int32)
+    else:
+        values[tuple(each.numpy() for each in places)] = numbers.numpy()
 
 
 def _padded(values: Tensor, padding: int, value: int = 0) -> Tensor:

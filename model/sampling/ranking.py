@@ -11,6 +11,10 @@ from torch import Tensor
 
 def first_max(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest value of each row [N, V] and its lowest id; NaN counts as largest."""
+    if values.device.type == "cpu":
+        # numpy takes a tenth of the time of torch, and half that of what follows.
+        first = torch.from_numpy(values.numpy().argmax(-1))
+        return values.gather(1, first[:, None]).squeeze(1), first
     vocab_size = values.shape[1]
     size = min(_block_size(vocab_size, 1), vocab_size)
     blocks, rest = _blocks(values, size)
