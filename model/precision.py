@@ -197,6 +197,7 @@ def _pick_dtype(options: LoadOptions, config: ModelConfig, device: torch.device)
 def _packed_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
     """Sum the packed sizes of all tensors, scales included; see model/cpu/matrices.py."""
     total = 0
+    has_blocks = any(info.dtype in _FOUR_BITS for info in checkpoint.store.infos.values())
     for name, shape in required_tensors(checkpoint.config).items():
         if len(shape) == 1:
             total += shape[0] * 4
@@ -208,9 +209,11 @@ def _packed_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
             bits = 32.0
         elif quantization == "int8":
             bits = 8.0 if "o_proj" not in name and "down_proj" not in name else 8.25
-        elif stored in _FOUR_BITS or not (is_table or is_file_in_8_bits):
+        elif stored in _FOUR_BITS:
             bits = 5.0
-        else:
+        elif has_blocks or is_file_in_8_bits or is_table:
             bits = 8.5
+        else:
+            bits = 4.75
         total += int(shape[0] * shape[1] * bits / 8)
     return total

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 = range(3)
+WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4, WEIGHTS_STEPS = range(4)
 SOURCE_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KV_KINDS = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 BLOCK_TYPES = {"Q8_0": 0, "Q4_0": 1, "Q4_1": 2, "Q4_K": 3}
@@ -33,6 +33,7 @@ class Matrix(Structure):
         ("weights", c_void_p),
         ("scales", c_void_p),
         ("minima", c_void_p),
+        ("steps", c_void_p),
         ("bias", c_void_p),
     )
 

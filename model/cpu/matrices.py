@@ -17,6 +17,7 @@ from model.cpu.library import (
     WEIGHTS_FLOAT32,
     WEIGHTS_INT4,
     WEIGHTS_INT8,
+    WEIGHTS_STEPS,
     Library,
     Matrix,
     RotationTable,
@@ -27,6 +28,7 @@ from model.errors import WeightsError
 from model.weights.tensors import PackedTensor
 
 BLOCK_GROUP = 32  # of GGUF's blocks
+STEP_GROUP = 32  # columns that share a step
 SLAB_BYTES = 32 << 20
 _ALIGNMENT = 64
 
@@ -43,7 +45,9 @@ FLOAT32 = Form(WEIGHTS_FLOAT32)
 INT8 = Form(WEIGHTS_INT8)
 INT8_BY_64 = Form(WEIGHTS_INT8, 64)
 INT8_BY_32 = Form(WEIGHTS_INT8, BLOCK_GROUP)
-INT4 = Form(WEIGHTS_INT4, BLOCK_GROUP)
+INT4 = Form(WEIGHTS_INT4, BLOCK_GROUP)  # repacked alone
+STEPS_BY_64 = Form(WEIGHTS_STEPS, 64)
+STEPS_BY_128 = Form(WEIGHTS_STEPS, 128)
 
 
 class Arena:
@@ -126,6 +130,7 @@ class Packer:
         W Qᵀ of the rotation of its `inputs`, or Q W of that of its `outputs`; a bias is taken as it
         is. Raises WeightsError if the values are not finite.
         """
+        assert form is not INT4
         rows, cols = values.shape
         values = values.contiguous()
         source = Source(
@@ -166,10 +171,11 @@ class Packer:
         return matrix
 
     def _allocate(self, rows: int, cols: int, form: Form, bias: Tensor | None) -> Matrix:
-        group = form.group or -(-cols // 4) * 4
+        unit = STEP_GROUP if form.kind == WEIGHTS_STEPS else 4
+        group = form.group or -(-cols // unit) * unit
         padded = cols if form.kind == WEIGHTS_FLOAT32 else -(-cols // group) * group
         panels = -(-rows // PANEL)
-        bits = {WEIGHTS_FLOAT32: 32, WEIGHTS_INT8: 8, WEIGHTS_INT4: 4}[form.kind]
+        bits = {WEIGHTS_FLOAT32: 32, WEIGHTS_INT8: 8}.get(form.kind, 4)
         matrix = Matrix(
             kind=form.kind,
             rows=rows,
@@ -184,6 +190,9 @@ class Packer:
             matrix.scales = pointer(self._arena.take(num_scale_bytes))
         if form.kind == WEIGHTS_INT4:
             matrix.minima = pointer(self._arena.take(num_scale_bytes))
+        if form.kind == WEIGHTS_STEPS:
+            num_step_bytes = panels * PANEL * (padded // STEP_GROUP) * 2
+            matrix.steps = pointer(self._arena.take(num_step_bytes))
         if bias is not None:
             matrix.bias = pointer(self._arena.keep(bias.to(torch.float32)))
         return matrix

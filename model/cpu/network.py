@@ -30,10 +30,11 @@ from model.cpu.library import (
 )
 from model.cpu.matrices import (
     FLOAT32,
-    INT4,
     INT8,
     INT8_BY_32,
     INT8_BY_64,
+    STEPS_BY_64,
+    STEPS_BY_128,
     Arena,
     Form,
     Packer,
@@ -188,6 +189,13 @@ class _Loader:
         self.rotation: Rotation | None = None
         if scheme == "int8":
             self.rotation = Rotation(library, arena, config.hidden_size, ROTATION_SEED)
+        self._has_blocks = self._look_for_blocks()
+
+    def _look_for_blocks(self) -> bool:
+        """Whether the file has matrices that are taken over as they are."""
+        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+        first = (self._weights.packed(f"model.layers.0.{name}.weight") for name in names)
+        return any(packed is not None and packed.type in BLOCK_TYPES for packed in first)
 
     def vector(self, name: str) -> c_void_p:
         """Keep a norm's weight [hidden]."""
@@ -225,13 +233,13 @@ class _Loader:
         """The embedding or the head: both read and write the residual stream row by row."""
         if self.rotation is not None:
             return self._packer.pack(self._weights.read(name), INT8, inputs=self.rotation)
-        return self._plain(name, None, INT8_BY_32)
+        return self._plain(name, None)
 
     def _reader(self, name: str, norm: str, has_bias: bool) -> Matrix:
         """A projection that reads the normalised stream; rotated, the norm is folded into it."""
         bias = self._weights.read(name + ".bias") if has_bias else None
         if self.rotation is None:
-            return self._plain(name + ".weight", bias, INT4)
+            return self._plain(name + ".weight", bias)
         weight = self._weights.read(name + ".weight")
         factors = self._weights.read(norm).to(torch.float32)
         return self._packer.pack(weight, INT8, bias, columns=factors, inputs=self.rotation)
@@ -240,19 +248,25 @@ class _Loader:
         """A projection that adds to the stream. Its own inputs are not rotated, hence groups."""
         bias = self._weights.read(name + ".bias") if has_bias else None
         if self.rotation is None:
-            return self._plain(name + ".weight", bias, INT4)
+            return self._plain(name + ".weight", bias)
         weight = self._weights.read(name + ".weight")
         rotated_bias = None if bias is None else self.rotation.rows(bias[None])[0]
         return self._packer.pack(weight, INT8_BY_64, rotated_bias, outputs=self.rotation)
 
-    def _plain(self, name: str, bias: Tensor | None, int4_form: Form) -> Matrix:
+    def _plain(self, name: str, bias: Tensor | None) -> Matrix:
         if self._scheme == "none":
             return self._packer.pack(self._weights.read(name), FLOAT32, bias)
         packed = self._weights.packed(name)
         if packed is not None and packed.type in BLOCK_TYPES:
             return self._packer.repack(packed, bias)
-        form = INT8_BY_32 if packed is not None else int4_form
-        return self._packer.pack(self._weights.read(name), form, bias)
+        values = self._weights.read(name)
+        return self._packer.pack(values, self._int4_form(name, values.shape[1]), bias)
+
+    def _int4_form(self, name: str, cols: int) -> Form:
+        """How int4 stores what comes as numbers. Matrices with the same input share its groups."""
+        if self._has_blocks or name in (EMBEDDING, HEAD):
+            return INT8_BY_32  # as wide as the groups of blocks
+        return STEPS_BY_64 if cols % 128 else STEPS_BY_128
 
 
 def _kv_pool(

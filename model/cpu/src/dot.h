@@ -34,6 +34,47 @@ INLINE void fetch(Ahead *ahead, const int P) {
     ahead->next += P * ahead->spacing;
 }
 
+/* Of any level. */
+typedef uint16_t words16 __attribute__((vector_size(32)));
+typedef uint16_t words32 __attribute__((vector_size(64)));
+typedef uint32_t longs16 __attribute__((vector_size(64)));
+
+/* What the 16 rows of a panel multiply 32 columns by and add to them, in both bytes of a word: no
+ * product or sum exceeds a byte. */
+typedef struct {
+    words32 step, first;
+} Steps;
+
+INLINE void load_steps(const uint16_t *from, Steps *to) {
+    words16 both;
+    memcpy(&both, from, sizeof both);
+    longs16 wide = __builtin_convertvector(both, longs16), step = wide & 255, first = wide >> 8;
+    step |= step << 16;
+    first |= first << 8;
+    first |= first << 16;
+    to->step = (words32)step, to->first = (words32)first;
+}
+
+/* int8 codes as they are stored, of 16 rows by 4 columns each: of the low nibbles and the high. */
+INLINE void unpack_bytes(const uint8_t *weights, const Steps *by, words32 *low, words32 *high) {
+    words32 both;
+    memcpy(&both, weights, sizeof both);
+    *low = (both & 0x0f0f) * by->step + by->first;
+    *high = (both >> 4 & 0x0f0f) * by->step + by->first;
+    if (LANES != 16) *low ^= 0x8080, *high ^= 0x8080; /* signed: see STORED in pack.c */
+}
+
+INLINE void unpack_steps(const uint8_t *weights, const uint16_t *steps, uint8_t *to) {
+    Steps by;
+    load_steps(steps, &by);
+    for (int32_t k = 0; k < 4; k++) {
+        words32 low, high;
+        unpack_bytes(weights + k * 64, &by, &low, &high);
+        memcpy(to + k * 64, &low, sizeof low);
+        memcpy(to + 256 + k * 64, &high, sizeof high);
+    }
+}
+
 INLINE int32_t four_codes(const int8_t *codes) { int32_t v; memcpy(&v, codes, 4); return v; }
 
 #if LANES == 16 /* ------------------------------------------------------------- AVX-512 VNNI */
@@ -107,6 +148,41 @@ INLINE void dot_int4(const int R, const int P, const uint8_t *weights, size_t pa
             for (int p = 0; p < P; p++) {
                 s[r][p] = add_dots(s[r][p], w0[p], a0);
                 s[r][p] = add_dots(s[r][p], w1[p], a1);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) sum[r][p] = (vi)s[r][p];
+}
+
+/* `count` groups of 32 columns whose kind is WEIGHTS_STEPS, unpacked on the way. */
+INLINE void dot_steps(const int R, const int P, const uint8_t *weights, size_t panel_bytes,
+                      const uint16_t *steps, size_t panel_steps, const int8_t *codes, size_t stride,
+                      const int32_t *offsets, size_t offsets_stride, int32_t count, Ahead *ahead,
+                      vi sum[][TILE_VECTORS]) {
+    __m512i s[MAX_TILE_ROWS][TILE_PANELS];
+    for (int r = 0; r < R; r++) {
+        __m512i first = _mm512_set1_epi32(offsets[r * offsets_stride]);
+        for (int p = 0; p < P; p++) s[r][p] = first;
+    }
+    for (int32_t g = 0; g < count; g++) {
+        Steps by[TILE_PANELS];
+        for (int p = 0; p < P; p++) load_steps(steps + p * panel_steps + g * PANEL, &by[p]);
+        for (int32_t k = 0; k < 4; k++) {
+            fetch(ahead, P);
+            words32 low[TILE_PANELS], high[TILE_PANELS];
+            for (int p = 0; p < P; p++)
+                unpack_bytes(weights + p * panel_bytes + g * 256 + k * 64, &by[p], &low[p], &high[p]);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const int8_t *a = codes + r * stride + g * 32 + k * 4;
+                __m512i a0 = _mm512_set1_epi32(four_codes(a));
+                __m512i a1 = _mm512_set1_epi32(four_codes(a + 16));
+#pragma GCC unroll 4
+                for (int p = 0; p < P; p++) {
+                    s[r][p] = add_dots(s[r][p], (__m512i)low[p], a0);
+                    s[r][p] = add_dots(s[r][p], (__m512i)high[p], a1);
+                }
             }
         }
     }

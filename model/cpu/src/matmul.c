@@ -17,10 +17,11 @@
 #else
 #define TILE_ROWS 4
 #endif
+#define DIRECT_ROWS (2 * TILE_ROWS) /* for which steps are unpacked on the way */
 #define UNPACKED_TILES 4    /* of rows, for which it pays to unpack int4 first */
 #define UNPACKED_COLS 16384 /* for which there is room on the stack */
 
-enum { FLOATS, BYTES, NIBBLES, UNPACKED }; /* what a tile reads */
+enum { FLOATS, BYTES, NIBBLES, UNPACKED, STEPS }; /* what a tile reads */
 
 typedef struct {
     const Rows *rows;
@@ -36,9 +37,15 @@ typedef struct {
     const Rows *rows;
     int32_t panel, num_tiles, num_ahead; /* panels behind the run that are wanted next */
     int32_t stride;
-    const uint8_t *unpacked; /* int4 as bytes, or none */
+    const uint8_t *unpacked; /* two weights a byte as bytes, or none */
     float *out;
 } Panels;
+
+/* The bytes of a panel's weights as they lie in memory. */
+static size_t panel_size(const Matrix *m) {
+    static const size_t bits[] = {32, 8, 4, 4};
+    return (size_t)m->padded_cols * PANEL * bits[m->kind] / 8;
+}
 
 /* Write sums [PANEL] of a row, scaled and biased; the last panel may be cut short. */
 INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, float *out) {
@@ -55,44 +62,60 @@ INLINE void finish(const Matrix *m, int32_t panel, const vf *sum, float factor, 
 }
 
 /* A tile's share of the weights behind the run, over `steps` steps. */
-INLINE Ahead share_of(const Panels *panels, int32_t index, const int P, size_t panel_bytes,
-                      int32_t steps) {
-    size_t next = (size_t)(panels->panel + P) * panel_bytes;
+INLINE Ahead share_of(const Panels *panels, int32_t index, const int P, int32_t steps) {
+    size_t panel_bytes = panel_size(panels->matrix), next = (panels->panel + P) * panel_bytes;
     size_t share = panels->num_ahead * panel_bytes / panels->num_tiles, fetches = (size_t)steps * P;
     const uint8_t *weights = panels->matrix->weights;
     if (!share) return (Ahead){weights, 0};
     return (Ahead){weights + next + index * share, (share + fetches - 1) / fetches};
 }
 
+/* Dot products of R rows, from `first` on, with P panels over group g. */
+INLINE void dot_group(const Panels *panels, int32_t first, const int R, const int P, int32_t g,
+                      const int form, Ahead *ahead, vi dot[][TILE_VECTORS]) {
+    const Matrix *m = panels->matrix;
+    int32_t cols = m->padded_cols, groups = cols / m->group;
+    size_t panel_bytes = (size_t)cols * PANEL, group_bytes = (size_t)m->group * PANEL;
+    const uint8_t *packed = (const uint8_t *)m->weights + panels->panel * panel_size(m);
+    const uint8_t *bytes = panels->unpacked ? panels->unpacked : packed;
+    const int8_t *codes = panels->rows->codes + (size_t)first * cols + (size_t)g * m->group;
+    const int32_t *offsets = panels->rows->offsets + (size_t)first * groups + g;
+    if (form == NIBBLES)
+        dot_int4(R, P, packed + g * (group_bytes / 2), panel_bytes / 2, codes, cols, ahead, dot);
+    else if (form == UNPACKED)
+        dot_bytes(R, P, bytes + g * group_bytes, panel_bytes, codes, cols, NULL, 0, 8, ahead, dot);
+#if TILE_PANELS > 1
+    else if (form == STEPS) {
+        size_t group_steps = (size_t)m->group / INT4_GROUP * PANEL, panel_steps = groups * group_steps;
+        dot_steps(R, P, packed + g * (group_bytes / 2), panel_bytes / 2,
+                  m->steps + panels->panel * panel_steps + g * group_steps, panel_steps, codes, cols,
+                  offsets, groups, m->group / INT4_GROUP, ahead, dot);
+    }
+#endif
+    else
+        dot_bytes(R, P, bytes + g * group_bytes, panel_bytes, codes, cols, offsets, groups,
+                  m->group / 4, ahead, dot);
+}
+
 INLINE void integer_tile(const Panels *panels, int32_t index, int32_t first, const int R,
                          const int P, const int form) {
-    const int is_int4 = form != BYTES, is_unpacked = form == UNPACKED;
+    const int is_int4 = form == NIBBLES || form == UNPACKED;
+    const int columns_a_step = form == NIBBLES || form == STEPS ? 8 : 4;
     const Matrix *m = panels->matrix;
     const Rows *rows = panels->rows;
     int32_t groups = m->padded_cols / m->group;
-    size_t packed_group = (size_t)m->group * PANEL / (is_int4 ? 2 : 1);
-    size_t group_bytes = is_unpacked ? 2 * packed_group : packed_group;
-    size_t panel_bytes = groups * group_bytes, panel_scales = (size_t)groups * PANEL;
-    const uint8_t *weights = (const uint8_t *)m->weights + panels->panel * panel_bytes;
-    if (is_unpacked) weights = panels->unpacked;
-    Ahead ahead = share_of(panels, index, P, groups * packed_group, (int32_t)(panel_bytes / 64));
+    size_t panel_scales = (size_t)groups * PANEL;
+    Ahead ahead = share_of(panels, index, P, m->padded_cols / columns_a_step);
     const uint16_t *scales = m->scales + panels->panel * panel_scales;
     const uint16_t *minima = m->minima + (is_int4 ? panels->panel * panel_scales : 0);
-    const int8_t *codes = rows->codes + (size_t)first * m->padded_cols;
     const float *row_scales = rows->scales + (size_t)first * groups;
     const float *row_totals = rows->totals + (size_t)first * groups;
-    const int32_t *offsets = rows->offsets + (size_t)first * groups;
     vf sum[TILE_ROWS][TILE_VECTORS];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < P * VECTORS; v++) sum[r][v] = (vf){0};
     for (int32_t g = 0; g < groups; g++) {
         vi dot[TILE_ROWS][TILE_VECTORS];
-        const uint8_t *w = weights + g * group_bytes;
-        const int8_t *a = codes + (size_t)g * m->group;
-        if (is_unpacked) dot_bytes(R, P, w, panel_bytes, a, m->padded_cols, NULL, 0, 8, &ahead, dot);
-        else if (is_int4) dot_int4(R, P, w, panel_bytes, a, m->padded_cols, &ahead, dot);
-        else dot_bytes(R, P, w, panel_bytes, a, m->padded_cols, offsets + g, groups, m->group / 4,
-                       &ahead, dot);
+        dot_group(panels, first, R, P, g, form, &ahead, dot);
         for (int v = 0; v < P * VECTORS; v++) {
             size_t at = v / VECTORS * panel_scales + (size_t)g * PANEL + v % VECTORS * LANES;
             vf scale = load_half(scales + at);
@@ -164,19 +187,24 @@ INLINE void multiply_rows(const Panels *panels, int32_t num_rows, const int P, c
 /* Each combination that there is, once: they are much code. */
 static void multiply_one(const Panels *panels, int32_t num_rows) {
     switch (panels->matrix->kind) {
-        case WEIGHTS_INT8: multiply_rows(panels, num_rows, 1, BYTES); break;
+        case WEIGHTS_FLOAT32: multiply_rows(panels, num_rows, 1, FLOATS); break;
         case WEIGHTS_INT4: multiply_rows(panels, num_rows, 1, NIBBLES); break;
-        default: multiply_rows(panels, num_rows, 1, FLOATS);
+        default: multiply_rows(panels, num_rows, 1, BYTES);
     }
 }
 
 #if TILE_PANELS > 1
 static void multiply_two(const Panels *panels, int32_t num_rows) {
     switch (panels->matrix->kind) {
-        case WEIGHTS_INT8: multiply_rows(panels, num_rows, 2, BYTES); break;
+        case WEIGHTS_FLOAT32: multiply_rows(panels, num_rows, 2, FLOATS); break;
         case WEIGHTS_INT4: multiply_rows(panels, num_rows, 2, NIBBLES); break;
-        default: multiply_rows(panels, num_rows, 2, FLOATS);
+        default: multiply_rows(panels, num_rows, 2, BYTES);
     }
+}
+
+/* So few rows that steps are unpacked on the way. */
+static void multiply_tile(const Panels *panels, int32_t num_rows) {
+    multiply_rows(panels, num_rows, 2, STEPS);
 }
 
 static void multiply_three(const Panels *panels, int32_t num_rows) {
@@ -188,7 +216,7 @@ static void multiply_unpacked(Panels *panels, int32_t num_rows) {
     const Matrix *m = panels->matrix;
     int32_t groups = m->padded_cols / INT4_GROUP;
     _Alignas(64) uint8_t bytes[(size_t)2 * m->padded_cols * PANEL];
-    const uint8_t *from = (const uint8_t *)m->weights + (size_t)panels->panel * groups * 256;
+    const uint8_t *from = (const uint8_t *)m->weights + panels->panel * panel_size(m);
     for (int32_t g = 0; g < 2 * groups; g++)
         unpack_int4(from + (size_t)g * 256, bytes + (size_t)g * 512);
     panels->unpacked = bytes;
@@ -196,11 +224,42 @@ static void multiply_unpacked(Panels *panels, int32_t num_rows) {
 }
 #endif
 
+static void multiply_panels(const Panels *panels, int32_t num_rows, int32_t count) {
+    (void)count;
+#if TILE_PANELS > 1
+    if (count == 3) multiply_three(panels, num_rows);
+    else if (count == 2) multiply_two(panels, num_rows);
+    else
+#endif
+        multiply_one(panels, num_rows);
+}
+
+/* Panels of steps, as bytes first. Where few tiles follow, what comes next is fetched meanwhile. */
+static void multiply_steps(Panels *panels, int32_t num_rows, int32_t count) {
+    const Matrix *m = panels->matrix;
+    int32_t groups = m->padded_cols / INT4_GROUP, is_fetched = panels->num_tiles < UNPACKED_TILES;
+    _Alignas(64) uint8_t bytes[(size_t)count * m->padded_cols * PANEL];
+    const uint8_t *from = (const uint8_t *)m->weights + panels->panel * panel_size(m);
+    const uint16_t *steps = m->steps + (size_t)panels->panel * groups * PANEL;
+    size_t ahead = is_fetched ? panels->num_ahead * panel_size(m) : 0;
+    for (int32_t g = 0; g < count * groups; g++) {
+        const uint8_t *weights = from + (size_t)g * 256;
+        for (int32_t line = 0; line < 256; line += 64) __builtin_prefetch(weights + ahead + line);
+        unpack_steps(weights, steps + (size_t)g * PANEL, bytes + (size_t)g * 512);
+    }
+    panels->unpacked = bytes;
+    if (is_fetched) panels->num_ahead = 0;
+    multiply_panels(panels, num_rows, count);
+}
+
 /* Panels that are computed at once: three, or two where a group is so short that what has been
  * summed up before it had better stay in registers. */
-static int32_t panels_of_run(const Matrix *m) {
-    int is_long = m->kind == WEIGHTS_INT8 && m->group > SHORT_GROUP;
-    return is_long || TILE_PANELS == 1 ? TILE_PANELS : 2;
+static int32_t panels_of_run(const Matrix *m, int32_t num_rows) {
+    if (TILE_PANELS == 1) return 1;
+    if (m->kind == WEIGHTS_STEPS && num_rows <= DIRECT_ROWS) return 2;
+    if (m->kind == WEIGHTS_STEPS && m->padded_cols > UNPACKED_COLS) return 1;
+    int is_integer = m->kind == WEIGHTS_INT8 || m->kind == WEIGHTS_STEPS;
+    return is_integer && m->group > SHORT_GROUP ? TILE_PANELS : 2;
 }
 
 static void multiply_run(const Product *job, const Matrix *m, int32_t panel, int32_t count,
@@ -210,14 +269,18 @@ static void multiply_run(const Product *job, const Matrix *m, int32_t panel, int
                      behind < count ? behind : count, job->stride, NULL,
                      out + (size_t)panel * PANEL};
 #if TILE_PANELS > 1
-    int is_unpacked = m->kind == WEIGHTS_INT4 && panels.num_tiles >= UNPACKED_TILES &&
-                      m->padded_cols <= UNPACKED_COLS;
-    if (count == 3) multiply_three(&panels, num_rows);
-    else if (count == 2 && is_unpacked) multiply_unpacked(&panels, num_rows);
-    else if (count == 2) multiply_two(&panels, num_rows);
-    else
+    int is_many = panels.num_tiles >= UNPACKED_TILES && m->padded_cols <= UNPACKED_COLS;
+    if (m->kind == WEIGHTS_INT4 && count == 2 && is_many) {
+        multiply_unpacked(&panels, num_rows);
+        return;
+    }
+    if (m->kind == WEIGHTS_STEPS && count == 2 && num_rows <= DIRECT_ROWS) {
+        multiply_tile(&panels, num_rows);
+        return;
+    }
 #endif
-        multiply_one(&panels, num_rows);
+    if (m->kind == WEIGHTS_STEPS) multiply_steps(&panels, num_rows, count);
+    else multiply_panels(&panels, num_rows, count);
 }
 
 static void run_task(void *context, int32_t task) {
@@ -229,7 +292,7 @@ static void run_task(void *context, int32_t task) {
     int32_t panel = (task - job->first_task[part]) * width;
     int32_t end = panel + width < panels ? panel + width : panels;
     float *out = job->out + job->first_column[part];
-    for (int32_t count = panels_of_run(m); panel < end; panel += count) {
+    for (int32_t count = panels_of_run(m, job->num_rows); panel < end; panel += count) {
         if (count > end - panel) count = 1;
         multiply_run(job, m, panel, count, end, out);
     }
@@ -237,18 +300,17 @@ static void run_task(void *context, int32_t task) {
 
 void matmul(Pool *pool, const Rows *rows, int32_t num_rows, const Matrix *const *parts,
             int32_t num_parts, float *out, int32_t stride) {
-    static const int32_t bits[] = {32, 8, 4};
     Product job = {.rows = rows, .num_rows = num_rows, .stride = stride, .parts = parts,
                    .out = out};
     int32_t column = 0;
     for (int32_t p = 0; p < num_parts; p++) {
         const Matrix *m = parts[p];
-        int64_t panel_bytes = (int64_t)m->padded_cols * PANEL * bits[m->kind] / 8;
+        int64_t panel_bytes = (int64_t)panel_size(m);
         int32_t panels = (m->rows + PANEL - 1) / PANEL;
         int32_t width = (int32_t)((TASK_BYTES + panel_bytes - 1) / panel_bytes);
         if (width > (panels + MIN_TASKS - 1) / MIN_TASKS) width = (panels + MIN_TASKS - 1) / MIN_TASKS;
         if (pool_size(pool) == 1) width = panels; /* who is alone can fetch all of it ahead */
-        int32_t run = panels_of_run(m);
+        int32_t run = panels_of_run(m, num_rows);
         width = (width + run - 1) / run * run;
         job.panels_per_task[p] = width;
         job.first_task[p + 1] = job.first_task[p] + (panels + width - 1) / width;

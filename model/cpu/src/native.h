@@ -13,9 +13,9 @@
 #define TILE 16  /* tokens of a K/V tile */
 #define BLOCK (PANEL * PANEL)
 #define MAX_HEAD_DIM 256
-#define INT4_GROUP 32 /* the smallest group that there is */
+#define INT4_GROUP 32 /* columns; the smallest group that there is */
 
-enum { WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4 };
+enum { WEIGHTS_FLOAT32, WEIGHTS_INT8, WEIGHTS_INT4, WEIGHTS_STEPS };
 enum { SOURCE_FLOAT32, SOURCE_FLOAT16, SOURCE_BFLOAT16 };
 enum { KV_FLOAT32, KV_FLOAT16, KV_INT8 };
 #define SCALE_BYTES 4 /* behind a head's codes in a tile, where K/V are int8: a scale a token */
@@ -30,6 +30,8 @@ typedef struct {
     const void *weights;
     const uint16_t *scales; /* float16 [panels, groups, 16]; none for float32 */
     const uint16_t *minima; /* float16 [panels, groups, 16], int4 only: value = scale * code + minimum */
+    const uint16_t *steps;  /* [panels, padded_cols / 32, 16], steps only: the step, and 256 times the
+                               code that a nibble of 0 stands for, plus 128 */
     const float *bias;      /* [rows] or none */
 } Matrix;
 

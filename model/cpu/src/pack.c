@@ -3,6 +3,9 @@
  *   float32  [panels][cols][16 rows]
  *   int8     [panels][padded cols / 4][16 rows][4 cols]   one signed byte each (see STORED)
  *   int4     [panels][groups][4][16 rows][4 cols]         two codes a byte: column c low, c + 16 high
+ *   steps    as int4; an int8 code is step * nibble + first - 128, with a step and a first for each
+ *            row's 32 columns. Scales are those of int8, and so are products then: progressive
+ *            groups (QServe, arXiv 2405.04532).
  *
  * Rows that pad the last panel and columns that pad the last group are zero. Scales are float16,
  * [panels][groups][16], in units of `factor`. A group is quantised by the scale as it is stored.
@@ -72,16 +75,21 @@ INLINE vi codes_of(vf x, vf low, vf step, float least, float most) {
     return nearest(larger(broadcast(least), smaller(code, broadcast(most))));
 }
 
-/* A group in LANES rows of a panel, from row `lane` on. */
+/* The scale of a group of int8 codes in LANES rows of a panel, from row `lane` on. */
+static vf int8_scale(const Matrix *m, const Blocks *b, int32_t panel, int32_t lane,
+                     int32_t group) {
+    vf most = {0};
+    for (int32_t i = 0; i < group_size(m, group); i++)
+        most = larger(magnitude(column_of(b, panel, lane, group * m->group + i)), most);
+    vf scale = most / 127.0f / m->factor;
+    halve(&scale, (uint16_t *)m->scales + scale_place(m, panel * PANEL + lane, group));
+    return scale * m->factor;
+}
+
 static void group_to_int8(const Matrix *m, const Blocks *b, int32_t panel, int32_t lane,
                           int32_t group) {
     int32_t first = group * m->group, size = group_size(m, group);
-    vf most = {0};
-    for (int32_t i = 0; i < size; i++)
-        most = larger(magnitude(column_of(b, panel, lane, first + i)), most);
-    vf scale = most / 127.0f / m->factor;
-    halve(&scale, (uint16_t *)m->scales + scale_place(m, panel * PANEL + lane, group));
-    scale *= m->factor;
+    vf scale = int8_scale(m, b, panel, lane, group);
     uint8_t *to = (uint8_t *)m->weights + (size_t)panel * m->padded_cols * PANEL +
                   (size_t)first * PANEL + lane * 4;
     for (int32_t i = 0; i < m->group; i += 4) {
@@ -95,47 +103,55 @@ static void group_to_int8(const Matrix *m, const Blocks *b, int32_t panel, int32
     }
 }
 
-/* A group's range is drawn in a little where that brings the many nearer than it moves the few. */
-static void group_to_int4(const Matrix *m, const Blocks *b, int32_t panel, int32_t lane,
-                          int32_t group) {
-    int32_t size = group_size(m, group);
-    vf x[INT4_GROUP], best_low = {0}, best_step = {0}, least = broadcast(INFINITY);
+/* 32 columns in LANES rows, x in units of the int8 code, to nibbles: of the widest step that is needed
+ * and some narrower ones, which cut off the ends, the one with the least squared error. */
+static void columns_to_steps(const Matrix *m, const vf *x, int32_t size, int32_t panel,
+                             int32_t lane, int32_t column) {
     vf low = broadcast(INFINITY), high = broadcast(-INFINITY);
-    uint16_t *scales = (uint16_t *)m->scales + scale_place(m, panel * PANEL + lane, group);
-    uint16_t *minima = (uint16_t *)m->minima + scale_place(m, panel * PANEL + lane, group);
-    for (int32_t i = 0; i < size; i++) {
-        x[i] = column_of(b, panel, lane, group * INT4_GROUP + i);
-        low = smaller(x[i], low), high = larger(x[i], high);
-    }
-    vf middle = 0.5f * (low + high), reach = 0.5f * (high - low);
-    for (int32_t trial = 0; trial < 8; trial++) {
-        vf half_width = reach * (1.0f - 0.04f * (float)trial), error = {0};
-        vf step = half_width * 2.0f / 15.0f / m->factor, minimum = (middle - half_width) / m->factor;
-        uint16_t step_halves[LANES], minimum_halves[LANES];
-        halve(&step, step_halves);
-        halve(&minimum, minimum_halves);
-        step *= m->factor, minimum *= m->factor;
+    for (int32_t i = 0; i < size; i++) low = smaller(x[i], low), high = larger(x[i], high);
+    vf widest = __builtin_convertvector(nearest((high - low) / 15.0f + 0.49f), vf);
+    vf best_step = {0}, best_first = {0}, least = broadcast(INFINITY);
+    for (int32_t trial = 0; trial < 4; trial++) {
+        vf step = smaller(larger(widest - (float)trial, broadcast(1)), broadcast(17)), error = {0};
+        vf first = 128.0f + 0.5f * (low + high) - 7.5f * step;
+        first = smaller(larger(first, broadcast(0)), 255.0f - 15.0f * step);
+        first = __builtin_convertvector(nearest(first), vf);
         for (int32_t i = 0; i < size; i++) {
-            vi code = codes_of(x[i], minimum, step, 0, 15);
-            vf off = x[i] - (minimum + step * __builtin_convertvector(code, vf));
+            vi code = codes_of(x[i], first - 128.0f, step, 0, 15);
+            vf off = x[i] - (first - 128.0f + step * __builtin_convertvector(code, vf));
             error += off * off;
         }
         vi is_better = error < least;
         least = choose(is_better, error, least);
-        best_low = choose(is_better, minimum, best_low);
         best_step = choose(is_better, step, best_step);
-        for (int32_t i = 0; i < LANES; i++)
-            if (is_better[i]) scales[i] = step_halves[i], minima[i] = minimum_halves[i];
+        best_first = choose(is_better, first, best_first);
     }
-    size_t groups = (size_t)m->padded_cols / INT4_GROUP;
-    uint8_t *to = (uint8_t *)m->weights + ((size_t)panel * groups + group) * 256 + lane * 4;
+    size_t place = (size_t)panel * (m->padded_cols / INT4_GROUP) + column / INT4_GROUP;
+    uint8_t *to = (uint8_t *)m->weights + place * 256 + lane * 4;
+    uint16_t *steps = (uint16_t *)m->steps + place * PANEL + lane;
+    for (int32_t j = 0; j < LANES; j++)
+        steps[j] = (uint16_t)((int32_t)best_step[j] | (int32_t)best_first[j] << 8);
     for (int32_t quad = 0; quad < 4; quad++) {
         vi word = {0};
         for (int32_t k = 0; k < 8; k++) { /* nibble k of a word: column k / 2, + 16 where odd */
             int32_t i = quad * 4 + k / 2 + k % 2 * 16;
-            if (i < size) word |= codes_of(x[i], best_low, best_step, 0, 15) << 4 * k;
+            if (i < size) word |= codes_of(x[i], best_first - 128.0f, best_step, 0, 15) << 4 * k;
         }
         memcpy(to + quad * 64, &word, sizeof word);
+    }
+}
+
+static void group_to_steps(const Matrix *m, const Blocks *b, int32_t panel, int32_t lane,
+                           int32_t group) {
+    int32_t first = group * m->group, size = group_size(m, group);
+    vf scale = int8_scale(m, b, panel, lane, group), x[INT4_GROUP];
+    for (int32_t at = 0; at < m->group; at += INT4_GROUP) {
+        int32_t count = size - at < INT4_GROUP ? size - at : INT4_GROUP;
+        for (int32_t i = 0; i < count; i++) {
+            vf value = column_of(b, panel, lane, first + at + i);
+            x[i] = value / choose(scale > 0, scale, broadcast(INFINITY));
+        }
+        if (count > 0) columns_to_steps(m, x, count, panel, lane, first + at);
     }
 }
 
@@ -152,7 +168,7 @@ static void pack_panel(void *context, int32_t panel) {
         }
         for (int32_t group = 0; group < m->padded_cols / m->group; group++)
             if (m->kind == WEIGHTS_INT8) group_to_int8(m, b, panel, lane, group);
-            else group_to_int4(m, b, panel, lane, group);
+            else group_to_steps(m, b, panel, lane, group);
     }
 }
 
@@ -219,7 +235,7 @@ static float choose_factor(int32_t kind, float largest) {
     int32_t exponent;
     if (kind == WEIGHTS_FLOAT32 || largest == 0) return 1;
     frexpf(largest, &exponent);
-    exponent -= kind == WEIGHTS_INT4 ? 15 : 22; /* int8: largest / 127; int4: the minima */
+    exponent -= 22; /* the largest scale is that of 127 */
     return ldexpf(1, exponent < -126 ? -126 : exponent);
 }
 
@@ -252,17 +268,24 @@ void unpack_row(const Matrix *m, int32_t row, float *to) {
             to[column] = ((const float *)m->weights)[(panel * m->cols + column) * PANEL + lane];
             continue;
         }
-        int32_t group = column / m->group, within = column % m->group;
+        int32_t group = column / m->group;
         float scale = half_to_float(m->scales[scale_place(m, row, group)]) * m->factor;
         const uint8_t *weights = m->weights;
         if (m->kind == WEIGHTS_INT8) {
             size_t at = panel * m->padded_cols * PANEL + (size_t)(column / 4) * 64 + lane * 4;
             to[column] = scale * (float)(int8_t)STORED(weights[at + column % 4]);
-        } else {
-            size_t at = (panel * (m->padded_cols / INT4_GROUP) + group) * 256;
-            uint8_t both = weights[at + within % 16 / 4 * 64 + lane * 4 + within % 4];
+            continue;
+        }
+        size_t place = panel * (m->padded_cols / INT4_GROUP) + column / INT4_GROUP;
+        int32_t within = column % INT4_GROUP;
+        uint8_t both = weights[place * 256 + within % 16 / 4 * 64 + lane * 4 + within % 4];
+        int32_t code = within < 16 ? both & 15 : both >> 4;
+        if (m->kind == WEIGHTS_INT4) {
             float minimum = half_to_float(m->minima[scale_place(m, row, group)]) * m->factor;
-            to[column] = minimum + scale * (float)(within < 16 ? both & 15 : both >> 4);
+            to[column] = minimum + scale * (float)code;
+        } else {
+            uint16_t step = m->steps[place * PANEL + lane];
+            to[column] = scale * (float)((step & 255) * code + (step >> 8) - 128);
         }
     }
 }

@@ -12,10 +12,11 @@ import torch
 from model.cpu.library import SOURCE_KINDS, Library
 from model.cpu.matrices import (
     FLOAT32,
-    INT4,
     INT8,
     INT8_BY_32,
     INT8_BY_64,
+    STEPS_BY_64,
+    STEPS_BY_128,
     Arena,
     Packer,
     Rotation,
@@ -37,7 +38,7 @@ SCHEMES: tuple[tuple[Quantization, torch.dtype | None, float], ...] = (
 def check_products(library: Library) -> None:
     arena = Arena()
     packer = Packer(library, arena)
-    for form in (FLOAT32, INT8, INT8_BY_32, INT8_BY_64, INT4):
+    for form in (FLOAT32, INT8, INT8_BY_32, INT8_BY_64, STEPS_BY_64, STEPS_BY_128):
         for num_outputs, num_inputs in ((1, 1), (17, 172), (37, 100)):
             matrix = packer.pack(torch.randn(num_outputs, num_inputs), form)
             x = torch.randn(7, num_inputs)

@@ -5,10 +5,11 @@ import torch
 
 from model.cpu.matrices import (
     FLOAT32,
-    INT4,
     INT8,
     INT8_BY_32,
     INT8_BY_64,
+    STEPS_BY_64,
+    STEPS_BY_128,
     Arena,
     Packer,
     Rotation,
@@ -23,8 +24,10 @@ FORMS = {
     "int8": INT8,
     "int8 by 64": INT8_BY_64,
     "int8 by 32": INT8_BY_32,
-    "int4": INT4,
+    "steps by 64": STEPS_BY_64,
+    "steps by 128": STEPS_BY_128,
 }
+BLOCKS = "blocks of 4 bits"  # of a file, which are repacked
 SIZES = [(1, 1), (8, 8), (16, 64), (17, 172), (172, 64), (37, 100), (320, 576), (96, 1536)]
 
 
@@ -37,31 +40,50 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("form", FORMS)
+def make_matrix(packer, form: str, weight: torch.Tensor, bias: torch.Tensor | None = None):
+    """Return a matrix of a form; of blocks one of its size, with the weight's inputs up to 32s."""
+    if form != BLOCKS:
+        return packer.pack(weight, FORMS[form], bias)
+    rows, cols = weight.shape[0], -(-weight.shape[1] // 32) * 32
+    blocks = random_blocks("Q4_1", rows, cols).numpy()
+    return packer.repack(PackedTensor(blocks=blocks, type="Q4_1", shape=(rows, cols)), bias)
+
+
+@pytest.mark.parametrize("form", [*FORMS, BLOCKS])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), SIZES)
 def test_product_is_that_of_the_stored_numbers(library, packer, form, num_outputs, num_inputs):
-    weight, bias = noise(num_outputs, num_inputs), noise(num_outputs, seed=1)
-    matrix = packer.pack(weight, FORMS[form], bias)
+    bias = noise(num_outputs, seed=1)
+    matrix = make_matrix(packer, form, noise(num_outputs, num_inputs), bias)
     stored = unpack(library, matrix).double()
-    # 6 rows a tile, and from 19 on int4 is unpacked first.
+    # A tile has up to 6 rows; from 19 on blocks of 4 bits are unpacked first.
     for num_rows in (1, 2, 3, 4, 5, 6, 9, 23):
-        x = noise(num_rows, num_inputs, seed=num_rows)
+        x = noise(num_rows, matrix.cols, seed=num_rows)
         quantized = quantize(library, x, matrix)
         seen = x.double()
-        if FORMS[form] is not FLOAT32:
+        if form != "float32":
             groups = quantized.codes.view(num_rows, -1, matrix.group).double()
-            seen = (groups * quantized.scales[:, :, None]).flatten(1)[:, :num_inputs]
+            seen = (groups * quantized.scales[:, :, None]).flatten(1)[:, : matrix.cols]
         out = multiply(library, quantized, [matrix], num_rows)
         expected = seen @ stored.T + bias.double()
-        assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5 * num_inputs**0.5)
+        atol = 1e-5 * matrix.cols**0.5 * (30 if form == BLOCKS else 1)  # their minima are large
+        assert torch.allclose(out.double(), expected, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("form", [*FORMS, BLOCKS])
+def test_row_of_a_product_is_the_same_in_any_company(library, packer, form):
+    matrix = make_matrix(packer, form, noise(85, 160))
+    x = noise(40, 160, seed=2)
+    alone = torch.cat([multiply(library, quantize(library, row, matrix), [matrix], 1)
+                       for row in x.split(1)])  # fmt: skip
+    for num_rows in (2, 7, 18, 19, 40):
+        together = multiply(library, quantize(library, x[:num_rows], matrix), [matrix], num_rows)
+        assert torch.equal(together, alone[:num_rows])
 
 
 def test_parts_of_a_fused_product_lie_side_by_side(library, packer):
+    forms = [BLOCKS, "int8 by 32", BLOCKS]
     weights = [noise(rows, 64, seed=rows) for rows in (40, 8, 9)]
-    parts = [
-        packer.pack(weight, form)
-        for weight, form in zip(weights, [INT4, INT8_BY_32, INT4], strict=True)
-    ]
+    parts = [make_matrix(packer, *each) for each in zip(forms, weights, strict=True)]
     x = noise(7, 64, seed=5)
     together = multiply(library, quantize(library, x, parts[0]), parts, 7)
     alone = [multiply(library, quantize(library, x, part), [part], 7) for part in parts]
@@ -76,10 +98,12 @@ def test_quantised_weights_are_within_half_a_step(library, packer, form):
     weight[5] = 0
     matrix = packer.pack(weight, FORMS[form])
     error = (unpack(library, matrix) - weight).abs().amax(1)
-    steps = 15 if form == "int4" else 127
-    reach = weight.amax(1) - weight.amin(1) if form == "int4" else weight.abs().amax(1)
-    # int4 draws its range in where that helps on the whole: the ends may be off by a tenth more.
-    allowed = reach * (0.5 / steps + (0.15 if form == "int4" else 0)) * 1.01
+    reach = weight.abs().amax(1)
+    if form.startswith("steps"):
+        # A step is a whole number of int8's; where that helps on the whole the ends are cut off.
+        allowed = (weight.amax(1) - weight.amin(1)) * (0.5 / 15 + 0.2) + reach / 127
+    else:
+        allowed = reach * 0.5 / 127 * 1.01
     assert (error <= allowed).all()
     assert error[5] == 0
 
