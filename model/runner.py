@@ -103,6 +103,10 @@ class ModelRunner:
     def limits(self) -> RunnerLimits:
         return self._limits
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Have built whatever the device builds at first use."""

@@ -43,6 +43,7 @@ class Workload:
     temperature: float = 0.0
     seconds: float | None = None
     seed: int = 0
+    is_profiled: bool = False
 
     @property
     def longest(self) -> int:
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace, options: LoadOptions) -> int:
         temperature=args.temperature or 0.0,
         seconds=args.seconds,
         seed=options.seed,
+        is_profiled=args.profile,
     )
     records: list[Record] = []
 
@@ -193,6 +195,23 @@ class _Bench:
         self._engine.run(batch, *warm_sizes, temperature=workload.temperature)
         trace = self._engine.run(batch, *sizes, temperature=workload.temperature)
         self._emit({"kind": "batch", "batch": batch, **self._figures(batch, trace)})
+        if workload.is_profiled:
+            self._profile(batch)
+
+    def _profile(self, batch: int) -> None:
+        """Run the batch once more, shorter, and say what its steps are made of."""
+        from model.bench.steps import FIRST_STEP, NUM_STEPS, StepProfile
+
+        profile = StepProfile(self._runner.device)
+        num_output = min(self._workload.num_output, FIRST_STEP + NUM_STEPS + 4)
+        temperature = self._workload.temperature
+        self._engine.run(
+            batch, self._workload.num_prompt, num_output, temperature=temperature,
+            watch=profile.watch,
+        )  # fmt: skip
+        for name, launches, us in profile.lines():
+            record: Record = {"batch": batch, "name": name, "launches": launches, "us": us}
+            self._emit({"kind": "step", **record})
 
     def _figures(self, batch: int, trace: Trace) -> Record:
         delays_s = trace.first_delays_s

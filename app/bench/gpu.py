@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefill-len", type=int, nargs="*", default=[512, 2048, 8192], metavar="N",
         help="prompts alone (512 2048 8192)")  # fmt: skip
     add("--quick", action="store_true", help="answers of 128 tokens, fewer kernels")
+    add("--profile", action="store_true", help="what decode steps are made of, kernel by kernel")
     add("--seconds", type=float, default=525.0, help="of everything (525)")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: does it run at all?")
     add("--temperature", type=float, default=0.0, metavar="T", help="of the engine's samples (0)")
@@ -198,6 +199,7 @@ def _engines(args: argparse.Namespace, card_file: Path, deadline_s: float) -> It
             command += ["--input-len", str(args.input_len), "--output-len", str(num_output)]
             command += ["--prefill-len", *map(str, args.prefill_len)]
             command += ["--temperature", str(args.temperature)]
+            command += ["--profile"] * args.profile
             command += ["--seconds", str(seconds - 10), *MODES[mode], *args.serve_arg]
             if card_file.exists():
                 command += ["--card", str(card_file)]

@@ -7,6 +7,7 @@ instant is that at which the host has a step's tokens.
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -96,18 +97,27 @@ class OfflineEngine:
         self._num_requests = 0
         self._trace: Trace | None = None
         self._expected = 0
+        self._watch: Callable[[int], None] | None = None
+        self._num_steady = 0
 
     def run(
-        self, batch: int, num_prompt: int, num_output: int, *, temperature: float = 0.0
+        self,
+        batch: int,
+        num_prompt: int,
+        num_output: int,
+        *,
+        temperature: float = 0.0,
+        watch: Callable[[int], None] | None = None,
     ) -> Trace:
         """Submit prompts of fresh random ids, all at once, and run them to their ends.
 
-        Raises RunFailed when a sequence fails or has another number of tokens than asked for.
+        `watch` is told of each step in which everybody decodes, counted from 1. Raises RunFailed
+        when a sequence fails or has another number of tokens than asked for.
         """
         requests = [
             self._request(num_prompt, num_output, temperature, index) for index in range(batch)
         ]
-        self._expected = batch
+        self._expected, self._watch, self._num_steady = batch, watch, 0
         trace = Trace(num_prompt=num_prompt, num_output=num_output, started_s=time.monotonic())
         self._trace = trace
         for request in requests:
@@ -150,5 +160,8 @@ class OfflineEngine:
                 trace.error = output.error or "a sequence failed"
                 self._inbox.put(FinishAll(trace.error))
         trace.steps.append((now_s, num_new))
+        if self._watch is not None and len(trace.first_s) == self._expected and not trace.ended_s:
+            self._num_steady += 1
+            self._watch(self._num_steady)
         if len(trace.ended_s) == self._expected:
             self._inbox.put(Stop())

@@ -39,6 +39,12 @@ KERNEL = (
     ("gb_per_s", "GB/s", ",.0f"),
     ("tflops_per_s", "TFLOP/s", ",.1f"),
 )
+STEP = (
+    ("name", "kernel", ""),
+    ("batch", "batch", "d"),
+    ("launches", "launches a step", ".1f"),
+    ("us", "µs a step", ",.1f"),
+)
 START = (
     ("load_s", "load, s", ".1f"),
     ("first_token_s", "load to first token, s", ".1f"),
@@ -71,6 +77,7 @@ TABLES: dict[str, tuple[str, Columns]] = {
     "start": ("Start", (*OF_WHOM, *START)),
     "graphs": ("Graphs", (*OF_WHOM, *GRAPHS)),
     "batch": ("Batches", (*OF_WHOM, *BATCH)),
+    "step": ("What a step is made of", (*OF_WHOM, *STEP)),
     "prefill": ("Prompts alone", (*OF_WHOM, *PREFILL)),
     "peer": ("transformers, continuous batching", (*OF_WHOM, *PEER)),
     "memory": ("Memory, GiB", (*OF_WHOM, *MEMORY)),

@@ -22,6 +22,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="prompts of so many tokens, alone, up to the first token")  # fmt: skip
     add("--temperature", type=float, metavar="T", help="0, the default: the likeliest token")
     add("--seconds", type=seconds, metavar="S", help="begin nothing after this time")
+    add("--profile", action="store_true", help="what a decode step of each batch is made of, too")
     add("--card", type=Path, metavar="FILE",
         help="what `python -m model.bench` says of the card, to hold figures against")  # fmt: skip
     add_output_options(parser)

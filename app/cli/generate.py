@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from app.cli.connection import Json, connect
 from app.cli.terminal import shown
@@ -13,11 +14,14 @@ SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "sto
 
 def run(args: argparse.Namespace, environment: Environment) -> int:
     """Continue the prompt, or what comes through standard input; 130 if it was stopped."""
+    wanted = args.model_path or ""
+    if len(wanted.split()) > 1 and not Path(wanted).exists():
+        args.fail(f"{wanted!r} is no model: a text goes behind --prompt")
     if args.prompt is None and sys.stdin.isatty():
         args.fail("needs --prompt TEXT, or a text through standard input")
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     if not prompt:
-        args.fail("the prompt is empty")
+        args.fail("the prompt is empty: it goes behind --prompt, or through standard input")
     body: Json = {"prompt": prompt, **sampling_fields(args)}
     with connect(args, environment) as connection:
         if args.json:

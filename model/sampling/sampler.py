@@ -49,7 +49,13 @@ def choose_in_torch(logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, 
         seeds, choices = [s.seed for s in sampling], [s.choice for s in sampling]
         numbers = uniforms(seeds, choices, [row.position for row in rows])
         draw(token_ids, logits, largest, sampling, send(numbers, logits.device))
-    return token_ids, ~largest.isfinite()
+    return token_ids, _not_finite(largest)
+
+
+def _not_finite(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return torch.from_numpy(~np.isfinite(values.numpy()))  # four operations in torch
+    return ~values.isfinite()
 
 
 def choose_by(sample_rows: SampleRows) -> Choose:
@@ -86,7 +92,8 @@ def sample(
                 where = upload_ids(indices, logits.device)
                 members = [rows[index] for index in indices]
                 token_ids[where], is_broken[where] = way(logits[where], members)
-    token_ids = token_ids.masked_fill(is_broken, 0)
+    if logits.device.type != "cpu" or is_broken.numpy().any():
+        token_ids = token_ids.masked_fill(is_broken, 0)
     logprobs = _logprobs(logits, token_ids, rows, score)
     return Sampled(token_ids=token_ids, is_broken=is_broken, logprobs=logprobs)
 

@@ -25,7 +25,7 @@ def report(tmp_path_factory):
     """The folder and the records of one run of all parts but the peer."""
     folder = tmp_path_factory.mktemp("gpu")
     parts = ["--parts", "card", "engine", "kernels", "--output", str(folder)]
-    assert main([*TINY, *parts]) == 0
+    assert main([*TINY, "--profile", *parts]) == 0
     return folder, json.loads((folder / "report.json").read_text())
 
 
@@ -49,6 +49,17 @@ def test_batches_have_the_tokens_that_were_asked_for(report):
         assert batch["mean_context"] == pytest.approx(8 + 8.5, abs=1)
         assert batch["decode_share"] > 0
         assert 0 < batch["ttft_s"] <= batch["ttft_max_s"]
+
+
+def test_steps_are_profiled(report):
+    steps = of(report[1], "step")
+    assert {each["batch"] for each in steps} == {1, 3}
+    whole = [each for each in steps if each["name"] == "all"]
+    assert len(whole) == 2
+    for each in steps:
+        of_all = next(all_ for all_ in whole if all_["batch"] == each["batch"])
+        assert 0 < each["us"] <= of_all["us"]
+        assert 0 < each["launches"] <= of_all["launches"]
 
 
 def test_kernels_have_limits(report):

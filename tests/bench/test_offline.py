@@ -19,6 +19,17 @@ def test_every_sequence_gets_its_tokens(max_inflight):
         assert sum(count for _, count in trace.steps) == 30 * batch
 
 
+def test_steps_in_which_everybody_decodes_are_told_of():
+    engine = OfflineEngine(FakeRunner(make_limits(**LIMITS)))
+    told: list[int] = []
+    engine.run(4, 20, 30, watch=told.append)
+    # The last prompt's first token is one of such a step; with an end the steady state is over.
+    assert told == list(range(1, len(told) + 1))
+    assert 20 <= len(told) < 30
+    engine.run(4, 20, 30)
+    assert len(told) < 30
+
+
 def test_more_sequences_than_rows_take_turns():
     engine = OfflineEngine(FakeRunner(make_limits(**LIMITS)))
     assert sum(engine.run(20, 8, 5).num_tokens.values()) == 100

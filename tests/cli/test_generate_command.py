@@ -57,6 +57,12 @@ def test_json_is_the_servers_answer(url, capsys):
     assert answer["object"] == "text_completion"
 
 
+def test_text_where_a_model_belongs_is_a_usage_error(url, capsys):
+    assert run_main("generate", "--base-url", url, "Once upon a time") == 2
+    said = capsys.readouterr().err
+    assert "'Once upon a time' is no model: a text goes behind --prompt" in said
+
+
 def test_nothing_to_continue_is_a_usage_error(url, capsys):
     assert run_main("generate", "--base-url", url, "--prompt", "") == 2
     assert "the prompt is empty" in capsys.readouterr().err

@@ -106,3 +106,28 @@ def test_scheme_keeps_perplexity_within_a_percent(demo, library, quantization, k
     ratio, divergence, report = compare(f"{quantization}, {kv_dtype} K/V", exact, found, texts)
     assert ratio < 1.01, report
     assert divergence <= 0.01, report
+
+
+class Numbers:
+    """A checkpoint's values, as if no file had them in blocks."""
+
+    def __init__(self, checkpoint) -> None:
+        self.config = checkpoint.config
+        self._checkpoint = checkpoint
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._checkpoint.read(name)
+
+    def packed(self, name: str) -> None:
+        return None
+
+
+@pytest.mark.demo
+def test_int4_made_at_load_stays_near_the_values_that_it_was_made_of(demo, library, full):
+    """No gate: these values were rounded to other steps of 4 bits before."""
+    texts = windows(demo, 6 if full else 1)
+    exact = logprobs(demo, library, "none", torch.float32, texts)
+    found = logprobs(Numbers(demo), library, "int4", torch.int8, texts)
+    ratio, divergence, report = compare("int4 at load", exact, found, texts)
+    assert ratio < 1.08, report
+    assert divergence < 0.05, report
