@@ -4,8 +4,10 @@ Whoever writes a record may know its request and say so with `extra={"request_id
 nothing of servers; what a client sent can neither start a line nor move a cursor.
 """
 
+import atexit
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from types import TracebackType
@@ -65,7 +67,16 @@ def set_up_logging(level: str, log_format: Literal["text", "json"] = "text") -> 
         logging.captureWarnings(True)
         sys.excepthook = _log_uncaught
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    atexit.register(_let_go)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _let_go() -> None:
+    """Leave nothing in standard error that cannot be written: Python's exit code would be 120."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _log_uncaught(

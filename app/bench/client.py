@@ -1,6 +1,7 @@
 """What one streamed answer amounts to, of whatever server: its tokens, and when they came."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -28,8 +29,9 @@ class Completion:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """The rate after the first token, whose time belongs to the prompt."""
-        return (self.num_output_tokens - 1) / (self.last_token_s - self.first_token_s)
+        """The rate after the first token, whose time is the prompt's; inf if all came at once."""
+        seconds = self.last_token_s - self.first_token_s
+        return (self.num_output_tokens - 1) / seconds if seconds else math.inf
 
 
 def completion_of(

@@ -291,7 +291,8 @@ class Starter:
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            # Buffered, as a server is that nobody started from here.
+            env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": ""},
         )
 
 

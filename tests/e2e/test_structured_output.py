@@ -27,8 +27,9 @@ def context(folder):
     # Few blocks, so that sequences are preempted; guesses, so that they meet grammars.
     guesses = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2}
     return make_server_context(
-        folder, "--kv-cache-memory-bytes", "58000", "--max-model-len", "224",
-        "--max-num-seqs", "16", "--speculative-config", json.dumps(guesses),
+        folder, "--kv-cache-dtype", "float16", "--kv-cache-memory-bytes", "58000",
+        "--max-model-len", "224", "--max-num-seqs", "16",
+        "--speculative-config", json.dumps(guesses),
     )  # fmt: skip
 
 

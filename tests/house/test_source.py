@@ -68,6 +68,7 @@ OPTIONS = frozenset(
         "--plot",
         "--port",
         "--prefill-len",
+        "--profile",
         "--prompt",
         "--quantization",
         "--random-input-len",
