@@ -144,6 +144,10 @@ class _Reader:
         self._progress = progress
         self._num_done = 0
 
+    @property
+    def has_blocks(self) -> bool:
+        return self._checkpoint.has_blocks
+
     def read(self, name: str) -> Tensor:
         tensor = self._checkpoint.read(name)
         self._count(name)

@@ -32,7 +32,6 @@ DTYPES = {
 }
 KV_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": FP8}
 _FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")
-_FLOATS = ("float32", "float16", "bfloat16", FP8_CODES)  # files that hold no blocks of GGUF's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,23 +196,21 @@ def _pick_dtype(options: LoadOptions, config: ModelConfig, device: torch.device)
 def _packed_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
     """Sum the packed sizes of all tensors, scales included; see model/cpu/matrices.py."""
     total = 0
-    has_blocks = any(info.dtype in _FOUR_BITS for info in checkpoint.store.infos.values())
     for name, shape in required_tensors(checkpoint.config).items():
         if len(shape) == 1:
             total += shape[0] * 4
             continue
         stored = checkpoint.store.infos[name].dtype
         is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        is_file_in_8_bits = stored not in (*_FLOATS, *_FOUR_BITS)
         if quantization == "none":
             bits = 32.0
         elif quantization == "int8":
             bits = 8.0 if "o_proj" not in name and "down_proj" not in name else 8.25
         elif stored in _FOUR_BITS:
             bits = 5.0
-        elif has_blocks or is_file_in_8_bits or is_table:
+        elif checkpoint.has_blocks or is_table:
             bits = 8.5
         else:
-            bits = 4.75
+            bits = 4.75 if shape[1] % 128 else 4.625
         total += int(shape[0] * shape[1] * bits / 8)
     return total

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 FIRST_STEP = 4  # of those in which everybody decodes
 NUM_STEPS = 10
+LAST_STEP = FIRST_STEP + NUM_STEPS
 NUM_NAMES = 16
 LONGEST_NAME = 100
 
@@ -21,21 +22,23 @@ class StepProfile:
     def __init__(self, device: torch.device) -> None:
         self._kind = "CUDA" if device.type == "cuda" else "CPU"
         self._profile = profile(activities=[getattr(ProfilerActivity, self._kind)])
-        self._is_done = False
+        self._num_watched = 0
 
     def watch(self, step: int) -> None:
+        self._num_watched = step
         if step == FIRST_STEP:
             self._profile.start()
-        elif step == FIRST_STEP + NUM_STEPS:
+        elif step == LAST_STEP:
             self._profile.stop()
-            self._is_done = True
 
     def lines(self) -> Iterator[tuple[str, float, float]]:
         """Yield name, launches and microseconds a step: all kernels together, then the longest.
 
         Nothing where the batch had too few steps.
         """
-        if not self._is_done:
+        if self._num_watched < LAST_STEP:
+            if self._num_watched >= FIRST_STEP:
+                self._profile.stop()
             return
         launches: Counter[str] = Counter()
         microseconds: Counter[str] = Counter()

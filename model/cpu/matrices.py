@@ -171,8 +171,7 @@ class Packer:
         return matrix
 
     def _allocate(self, rows: int, cols: int, form: Form, bias: Tensor | None) -> Matrix:
-        unit = STEP_GROUP if form.kind == WEIGHTS_STEPS else 4
-        group = form.group or -(-cols // unit) * unit
+        group = form.group or -(-cols // 4) * 4
         padded = cols if form.kind == WEIGHTS_FLOAT32 else -(-cols // group) * group
         panels = -(-rows // PANEL)
         bits = {WEIGHTS_FLOAT32: 32, WEIGHTS_INT8: 8}.get(form.kind, 4)

@@ -55,6 +55,11 @@ READY_TOKENS = 4096  # whose K/V has pages before they are used
 class Weights(Protocol):
     """Where weights come from, by Hugging Face's names."""
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any matrix is packed."""
+        ...
+
     def read(self, name: str) -> Tensor: ...
 
     def packed(self, name: str) -> PackedTensor | None: ...
@@ -189,13 +194,6 @@ class _Loader:
         self.rotation: Rotation | None = None
         if scheme == "int8":
             self.rotation = Rotation(library, arena, config.hidden_size, ROTATION_SEED)
-        self._has_blocks = self._look_for_blocks()
-
-    def _look_for_blocks(self) -> bool:
-        """Whether the file has matrices that are taken over as they are."""
-        names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-        first = (self._weights.packed(f"model.layers.0.{name}.weight") for name in names)
-        return any(packed is not None and packed.type in BLOCK_TYPES for packed in first)
 
     def vector(self, name: str) -> c_void_p:
         """Keep a norm's weight [hidden]."""
@@ -264,7 +262,7 @@ class _Loader:
 
     def _int4_form(self, name: str, cols: int) -> Form:
         """How int4 stores what comes as numbers. Matrices with the same input share its groups."""
-        if self._has_blocks or name in (EMBEDDING, HEAD):
+        if self._weights.has_blocks or name in (EMBEDDING, HEAD):
             return INT8_BY_32  # as wide as the groups of blocks
         return STEPS_BY_64 if cols % 128 else STEPS_BY_128
 

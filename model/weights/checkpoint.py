@@ -15,7 +15,7 @@ from model.errors import ConfigError, WeightsError
 from model.weights import meta
 from model.weights.dummy import DummyStore
 from model.weights.fields import Fields, read_json
-from model.weights.fp8 import Fp8Store, check_quantization
+from model.weights.fp8 import FP8_CODES, Fp8Store, check_quantization
 from model.weights.gguf import read_gguf
 from model.weights.gguf_model import (
     GgufStore,
@@ -41,6 +41,7 @@ from model.weights.tensors import (
     verify_tensors,
 )
 
+NUMBERS = ("float32", "float16", "bfloat16", FP8_CODES)  # how matrices come but in blocks
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
@@ -73,6 +74,11 @@ class Checkpoint:
     def packed(self, name: str) -> PackedTensor | None:
         """Return the quantised blocks of a matrix of a GGUF file, None where there are none."""
         return self.store.packed(name)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any matrix is in a GGUF file's quantised blocks."""
+        return any(info.dtype not in NUMBERS for info in self.store.infos.values())
 
     @property
     def fp8(self) -> Fp8Store | None:

@@ -5,12 +5,15 @@ import random
 import pytest
 import torch
 
+from model.config import LoadOptions
 from model.cpu.library import Library
+from model.cpu.network import NativeNetwork, Sizes
 from model.cpu.threads import available_threads
+from model.weights.checkpoint import open_checkpoint
 from tests.model.cpu.drive import load_native
 from tests.model.drive import BLOCK_SIZE, Schedule, load_network, logits_alone
 from tests.model.test_invariance import SHAPES, check_shared_prefix, random_ids, walk_through
-from tests.toy import VARIANTS, write_toy_checkpoint
+from tests.toy import VARIANTS, write_toy_checkpoint, write_toy_gguf
 
 WIDTHS = {
     "stories": {
@@ -67,6 +70,34 @@ def test_int4_made_at_load_stays_recognisable(library, tmp_path):
     expected = logits_alone(config, reference, prompt)
     found = logits_alone(config, network, prompt)
     assert (found - expected).norm() < 0.6 * expected.norm()
+
+
+class PartlyInBlocks:
+    """A file of 4-bit blocks whose first layer, and a matrix of its second, come as numbers."""
+
+    def __init__(self, checkpoint) -> None:
+        self.has_blocks = checkpoint.has_blocks
+        self.read = checkpoint.read
+        self._packed = checkpoint.packed
+
+    def packed(self, name: str):
+        is_number = name.startswith(("model.layers.0.", "model.layers.1.self_attn.q_proj"))
+        return None if is_number else self._packed(name)
+
+
+def test_file_that_is_partly_in_blocks_keeps_its_matrices_together(library, tmp_path):
+    folder = write_toy_gguf(tmp_path, quant="Q4_0")
+    config, reference = load_network(folder)
+    checkpoint = open_checkpoint(LoadOptions(model=str(folder)))
+    sizes = Sizes(num_blocks=400, block_size=BLOCK_SIZE, max_model_len=256, max_tokens=256)
+    network = NativeNetwork(
+        config, PartlyInBlocks(checkpoint), library, scheme="int4", kv_dtype=torch.float32,
+        sizes=sizes,
+    )  # fmt: skip
+    prompt = prompt_of(config, 60)
+    expected = logits_alone(config, reference, prompt)
+    found = logits_alone(config, network, prompt)
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_hidden_states_leave_the_network_unrotated(library, tmp_path):

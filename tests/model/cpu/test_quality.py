@@ -111,6 +111,8 @@ def test_scheme_keeps_perplexity_within_a_percent(demo, library, quantization, k
 class Numbers:
     """A checkpoint's values, as if no file had them in blocks."""
 
+    has_blocks = False
+
     def __init__(self, checkpoint) -> None:
         self.config = checkpoint.config
         self._checkpoint = checkpoint
