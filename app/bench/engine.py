@@ -199,17 +199,19 @@ class _Bench:
             self._profile(batch)
 
     def _profile(self, batch: int) -> None:
-        """Run the batch once more, shorter, and say what its steps are made of."""
-        from model.bench.steps import FIRST_STEP, NUM_STEPS, StepProfile
+        """Run the batch once more and say what its steps are made of."""
+        from model.bench.steps import NUM_STEPS, StepProfile
 
-        profile = StepProfile(self._runner.device)
-        num_output = min(self._workload.num_output, FIRST_STEP + NUM_STEPS + 4)
-        temperature = self._workload.temperature
+        workload, profile = self._workload, StepProfile(self._runner.device)
         self._engine.run(
-            batch, self._workload.num_prompt, num_output, temperature=temperature,
+            batch, workload.num_prompt, workload.num_output, temperature=workload.temperature,
             watch=profile.watch,
         )  # fmt: skip
-        for name, launches, us in profile.lines():
+        lines = list(profile.lines())
+        if not lines:
+            error = f"fewer than {NUM_STEPS} steps in which all decode: raise --output-len"
+            self._emit({"kind": "fault", "what": f"profile of batch {batch}", "error": error})
+        for name, launches, us in lines:
             record: Record = {"batch": batch, "name": name, "launches": launches, "us": us}
             self._emit({"kind": "step", **record})
 

@@ -62,6 +62,17 @@ def test_steps_are_profiled(report):
         assert 0 < each["launches"] <= of_all["launches"]
 
 
+def test_answers_too_short_to_profile_are_a_fault(tmp_path):
+    line = [*TINY, "--output-len", "8", "--profile", "--parts", "engine", "--output", str(tmp_path)]
+    assert main(line) == 1
+    records = json.loads((tmp_path / "report.json").read_text())
+    assert not of(records, "step")
+    faults = of(records, "fault")
+    assert [fault["what"] for fault in faults[:2]] == ["profile of batch 1", "profile of batch 3"]
+    assert all("raise --output-len" in str(fault["error"]) for fault in faults[:2])
+    assert len(of(records, "batch")) == 2
+
+
 def test_kernels_have_limits(report):
     kernels = of(report[1], "kernel")
     assert {"add_rms_norm", "silu_mul", "gate_up product"} <= {each["name"] for each in kernels}
